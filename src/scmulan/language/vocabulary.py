@@ -1,0 +1,287 @@
+"""Words, their families and their ids.
+
+A vocabulary is an ordered list of words; a word's place is its id, as in the published model, whose
+2,222 words are one of the vocabularies read here. Two words may share a name when their families differ
+(a coarse and a fine "B cell"), and one word may be in two families (the published list does that).
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from scmulan.errors import VocabularyError
+
+FORMAT = "scmulan-vocabulary/1"
+
+
+class Family(StrEnum):
+    """What a word is about."""
+
+    END = "end"
+    GENE = "gene"
+    ORGAN = "organ"
+    REGION = "region"
+    AGE = "age"
+    SEX = "sex"
+    STATUS = "status"
+    TECHNOLOGY = "technology"
+    COARSE = "coarse_type"
+    FINE = "fine_type"
+    PROMPT = "prompt"
+
+
+METADATA = (
+    Family.ORGAN,
+    Family.REGION,
+    Family.AGE,
+    Family.SEX,
+    Family.STATUS,
+    Family.TECHNOLOGY,
+    Family.COARSE,
+    Family.FINE,
+)
+
+# Other names under which people ask for a family, in prompts and obs columns.
+FIELD_NAMES = {
+    "cell_type": Family.FINE,
+    "celltype": Family.FINE,
+    "cell_type_coarse": Family.COARSE,
+    "tech": Family.TECHNOLOGY,
+    "assay": Family.TECHNOLOGY,
+    "tissue": Family.ORGAN,
+    "disease": Family.STATUS,
+    "gender": Family.SEX,
+}
+
+TASK_NAMES = ("generate", "annotate", "locate")
+
+
+def family_of_field(field: str) -> Family:
+    """Family that a metadata field such as ``cell_type``, ``organ`` or ``tech`` speaks of."""
+    key = field.strip().lower()
+    if key in FIELD_NAMES:
+        return FIELD_NAMES[key]
+    if key in METADATA:
+        return Family(key)
+    known = ["cell_type", "cell_type_coarse", *(f for f in METADATA if f not in (Family.COARSE, Family.FINE))]
+    raise VocabularyError(f"unknown metadata field {field!r}: expected one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Ordered words with their families.
+
+    Parameters
+    ----------
+    words
+        Names in id order.
+    families
+        Ids of each family, ascending. Every word is in at least one family.
+    prompts
+        Id of the prompt word of each task (``generate``, ``annotate``, ``locate``).
+    """
+
+    words: tuple[str, ...]
+    families: Mapping[Family, tuple[int, ...]]
+    prompts: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        covered = np.zeros(len(self.words), dtype=bool)
+        for family in Family:
+            ids = np.asarray(self.families.get(family, ()), dtype=np.int64)
+            if ids.size and (ids.min() < 0 or ids.max() >= len(self.words)):
+                raise VocabularyError(f"family {family} names id {ids.max()}, but there are {len(self.words)} words")
+            names = [self.words[i] for i in ids]
+            if len(set(names)) != len(names):
+                twice = next(n for n in names if names.count(n) > 1)
+                raise VocabularyError(f"family {family} has the word {twice!r} twice")
+            covered[ids] = True
+        if not covered.all():
+            raise VocabularyError(f"word {self.words[int(np.argmin(covered))]!r} belongs to no family")
+        if len(self.families.get(Family.END, ())) != 1:
+            raise VocabularyError("a vocabulary needs exactly one end word")
+        for task, word in self.prompts.items():
+            if word not in self.families.get(Family.PROMPT, ()):
+                raise VocabularyError(f"the prompt of task {task!r} is id {word}, which is no prompt word")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # -- looking things up -------------------------------------------------------------------------------------
+
+    def ids(self, family: Family) -> np.ndarray:
+        """Ids of a family, ascending, int64."""
+        return np.asarray(self.families.get(family, ()), dtype=np.int64)
+
+    def names(self, family: Family) -> list[str]:
+        """Names of a family, in id order."""
+        return [self.words[i] for i in self.families.get(family, ())]
+
+    @property
+    def genes(self) -> list[str]:
+        """Gene words in id order."""
+        return self.names(Family.GENE)
+
+    @property
+    def end(self) -> int:
+        """Id of the word that ends a sentence."""
+        return int(self.families[Family.END][0])
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[Family, str], int]:
+        return {(family, self.words[i]): i for family, ids in self.families.items() for i in ids}
+
+    @cached_property
+    def is_gene(self) -> np.ndarray:
+        """Bool per word: whether it is a gene."""
+        mask = np.zeros(len(self.words), dtype=bool)
+        mask[self.ids(Family.GENE)] = True
+        return mask
+
+    @cached_property
+    def gene_row(self) -> np.ndarray:
+        """Place of each word among the genes (int64), −1 where the word is no gene."""
+        row = np.full(len(self.words), -1, dtype=np.int64)
+        ids = self.ids(Family.GENE)
+        row[ids] = np.arange(len(ids))
+        return row
+
+    def find(self, family: Family, name: str) -> int | None:
+        """Id of a word, or None where the family lacks it."""
+        return self._by_name.get((family, name))
+
+    def id(self, family: Family, name: str) -> int:
+        """Id of a word.
+
+        Raises
+        ------
+        VocabularyError
+            If the family lacks the word; the message suggests the nearest words.
+        """
+        found = self.find(family, name)
+        if found is not None:
+            return found
+        names = self.names(family)
+        folded = {n.casefold(): n for n in names}
+        if name.casefold() in folded:
+            return self._by_name[(family, folded[name.casefold()])]
+        near = difflib.get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.5)
+        near += [n for n in folded if name.casefold() in n and n not in near][:3]
+        if not names:
+            hint = f"this model has no words for {family}"
+        elif near:
+            hint = "did you mean " + ", ".join(repr(folded[n]) for n in near) + "?"
+        else:
+            shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            hint = f"it knows {len(names)}: {shown}"
+        raise VocabularyError(f"this model has no {family.replace('_', ' ')} {name!r}; {hint}")
+
+    def metadata_ids(self, metadata: Mapping[str, str]) -> list[int]:
+        """Ids of metadata given as ``{"organ": "Blood", "cell_type": "B cell"}``, in the order given."""
+        return [self.id(family_of_field(field), str(name)) for field, name in metadata.items()]
+
+    # -- making new ones ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        genes: Sequence[str],
+        metadata: Mapping[Family, Iterable[str]],
+        prompts: Sequence[str] = ("<generate>", "<annotate>", "<locate>"),
+    ) -> "Vocabulary":
+        """Vocabulary of our own: end, genes, metadata families, one prompt word per task, in that order."""
+        words: list[str] = ["<E>"]
+        families: dict[Family, tuple[int, ...]] = {Family.END: (0,)}
+        for family, names in ((Family.GENE, genes), *((f, metadata.get(f, ())) for f in METADATA)):
+            names = list(names)
+            families[family] = tuple(range(len(words), len(words) + len(names)))
+            words += names
+        families[Family.PROMPT] = tuple(range(len(words), len(words) + len(prompts)))
+        words += prompts
+        return cls(tuple(words), families, dict(zip(TASK_NAMES, families[Family.PROMPT], strict=True)))
+
+    @classmethod
+    def published(cls) -> "Vocabulary":
+        """Vocabulary of the published release: 2,222 words, of which 2,000 are genes.
+
+        Its prompt words are ``<PCT>`` (annotate) and ``<SPToken1>`` (generate). Which of the other special
+        words asked for organ and region is not published; ``<SPToken2>`` stands in for it here.
+        """
+        from scmulan.resources import read_text
+
+        return cls.from_release(json.loads(read_text("vocabulary_release.json")))
+
+    @classmethod
+    def from_release(cls, raw: Mapping[str, list[str]]) -> "Vocabulary":
+        """Vocabulary from the published word lists (``tokens``, ``genes``, ``organs`` …)."""
+        words = tuple(raw["tokens"])
+        place = {word: i for i, word in enumerate(words)}
+        lists = {
+            Family.GENE: "genes",
+            Family.ORGAN: "organs",
+            Family.REGION: "regions",
+            Family.AGE: "age_bins",
+            Family.SEX: "sexes",
+            Family.STATUS: "sample_statuses",
+            Family.TECHNOLOGY: "sequencing_technologies",
+            Family.COARSE: "coarse_cell_types",
+            Family.FINE: "fine_cell_types",
+        }
+        families = {f: tuple(sorted(place[w] for w in raw[key])) for f, key in lists.items()}
+        families[Family.END] = (place["<E>"],)
+        families[Family.PROMPT] = tuple(i for i, w in enumerate(words) if w.startswith(("<PCT", "<SPToken")))
+        prompts = {"generate": place["<SPToken1>"], "annotate": place["<PCT>"], "locate": place["<SPToken2>"]}
+        return cls(words, families, prompts)
+
+    def extend(self, family: Family, names: Iterable[str]) -> "Vocabulary":
+        """Vocabulary with the names that ``family`` lacks appended at the end; ids of old words stay."""
+        new = [n for n in dict.fromkeys(names) if self.find(family, n) is None]
+        first = len(self.words)
+        families = dict(self.families)
+        families[family] = (*families.get(family, ()), *range(first, first + len(new)))
+        return Vocabulary((*self.words, *new), families, self.prompts)
+
+    # -- on disk -----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict:
+        """Contents as plain JSON types."""
+        return {
+            "format": FORMAT,
+            "words": list(self.words),
+            "families": {str(f): [int(i) for i in self.families[f]] for f in Family if f in self.families},
+            "prompts": {task: int(i) for task, i in self.prompts.items()},
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping) -> "Vocabulary":
+        """Vocabulary from parsed JSON: our own format or the published word lists."""
+        if "tokens" in raw:
+            return cls.from_release(raw)
+        if raw.get("format") != FORMAT:
+            raise VocabularyError(f"not a vocabulary: format is {raw.get('format')!r}, expected {FORMAT!r}")
+        families = {Family(f): tuple(ids) for f, ids in raw["families"].items()}
+        return cls(tuple(raw["words"]), families, dict(raw["prompts"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Vocabulary":
+        """Read a vocabulary from JSON: our own format or the published word lists."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise VocabularyError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+        return cls.from_json(raw)
