@@ -52,6 +52,6 @@ def draw_hints(task: Task, known: dict[Family, int], rng: np.random.Generator) -
     The subset's size is uniform first, then its members: small and full prompts are equally common, whereas
     independent coin flips would make both rare.
     """
-    ids = [known[f] for f in task.hinted if f in known]
+    ids = list(dict.fromkeys(known[f] for f in task.hinted if f in known))
     size = int(rng.integers(len(ids) + 1))
     return [ids[i] for i in rng.permutation(len(ids))[:size]]
