@@ -1,0 +1,177 @@
+"""A model folder: which files it holds, how they are named, hashed, read and written. No torch here.
+
+``config.json`` (the network's shape), ``vocabulary.json``, ``card.json`` (what the model knows and where it is from),
+``model.safetensors`` (weights) and ``hashes.json`` (sha256 of each of these).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from scmulan.errors import ModelError, OutputError, ScmulanError
+from scmulan.language.vocabulary import Vocabulary
+from scmulan.outputs import atomic_path, check_output
+
+FORMAT = "scmulan-model/1"
+WEIGHTS = "model.safetensors"
+HASHED = ("config.json", "vocabulary.json", "card.json", WEIGHTS)
+HASHES = "hashes.json"
+
+# -- finding models -------------------------------------------------------------------------------------------------
+
+
+def packaged_models() -> dict[str, Path]:
+    """Models that ship with scmulan, by name."""
+    room = Path(str(files("scmulan.resources")))
+    return {path.parent.name: path.parent for path in sorted(room.glob("*/config.json"))}
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """Folder of a model: a local model folder, or the name of one that ships with scmulan.
+
+    Raises
+    ------
+    ModelError
+        If there is neither; the message lists the packaged models.
+    """
+    path = Path(name_or_path)
+    packaged = packaged_models()
+    # A folder that only happens to be called like a packaged model must not hide it.
+    if path.is_dir() and ((path / "config.json").exists() or str(name_or_path) not in packaged):
+        return path
+    if str(name_or_path) in packaged:
+        return packaged[str(name_or_path)]
+    if path.exists():
+        raise ModelError(
+            f"{path}: a file, expected a model folder; `scmulan model import {path} OUT` reads a published checkpoint"
+        )
+    known = ", ".join(packaged) or "none"
+    raise ModelError(f"no model {str(name_or_path)!r}: neither a folder nor one of the packaged models ({known})")
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the settings of the network, without the format key."""
+    raw = _read_object(Path(folder), "config.json")
+    found = raw.pop("format", None)
+    if found != FORMAT:
+        raise ModelError(f"{Path(folder) / 'config.json'}: format is {found!r}, expected {FORMAT!r}")
+    return raw
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """Read the training card: what the model knows, what it was made from, and how."""
+    return _read_object(Path(folder), "card.json")
+
+
+def read_vocabulary(folder: str | Path) -> Vocabulary:
+    """Read the words of a model."""
+    raw = _read_object(Path(folder), "vocabulary.json")
+    try:
+        return Vocabulary.from_json(raw)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # ours (ValueErrors too) speak for themselves; the others come from JSON that is no vocabulary at all
+        reason = str(error) if isinstance(error, ScmulanError) else f"not a vocabulary ({error!r})"
+        raise ModelError(f"{Path(folder) / 'vocabulary.json'}: {reason}") from None
+
+
+def read_hashes(folder: str | Path) -> dict[str, str]:
+    """Read the stored sha256 of each file; the files themselves are not read."""
+    folder = Path(folder)
+    hashes = _read_object(folder, HASHES)
+    for name in HASHED:
+        if not isinstance(hashes.get(name), str):
+            raise ModelError(f"{folder / HASHES}: no hash of {name}; fetch or export the model again")
+    return hashes
+
+
+def verify_hashes(folder: str | Path) -> dict[str, str]:
+    """Compare every file with its stored sha256 and return the hashes.
+
+    Raises
+    ------
+    ModelError
+        Naming the first file that is missing or was altered.
+    """
+    folder = Path(folder)
+    hashes = read_hashes(folder)
+    for name in HASHED:
+        found = sha256(existing(folder, name))
+        if found != hashes[name]:
+            raise ModelError(
+                f"{folder / name}: altered since the model was written (sha256 {found[:12]}…, "
+                f"{HASHES} says {hashes[name][:12]}…); fetch or export the model again"
+            )
+    return hashes
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def existing(folder: Path, name: str) -> Path:
+    """Path of one of the folder's files; a ModelError where it is missing."""
+    path = folder / name
+    if not path.is_file():
+        raise ModelError(f"{folder}: {name} is missing; a model folder holds {', '.join((*HASHED, HASHES))}")
+    return path
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    path = existing(folder, name)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+    except UnicodeDecodeError:
+        raise ModelError(f"{path}: not JSON (it is no UTF-8 text)") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: holds a JSON {type(raw).__name__}, expected an object")
+    return raw
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Temporary folder beside ``folder`` which takes its place when the block ends without an error.
+
+    Parameters
+    ----------
+    folder
+        Where the model shall be.
+    force
+        Replace what is there, if that is a model folder or empty. Other folders are never removed.
+
+    Raises
+    ------
+    OutputError
+        If ``folder`` holds something (and is not to be replaced) or cannot be written; nothing is left behind then.
+    """
+    folder = Path(folder).expanduser()
+    check_output(folder, force, folder=True)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / HASHES).is_file():
+        raise OutputError(f"{folder}: holds other things than a model, so --force does not replace it")
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write one of the folder's JSON files."""
+    text = json.dumps(content, ensure_ascii=False, indent=None if name == "vocabulary.json" else 2)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def write_hashes(folder: Path) -> None:
+    """Hash the folder's files into ``hashes.json``."""
+    write_json(folder, HASHES, {name: sha256(folder / name) for name in HASHED})

@@ -1,0 +1,268 @@
+"""The decoder: words in, hidden states out; two heads turn a hidden state into what comes next.
+
+The published network is a pre-norm GPT without positional encoding: word embedding plus value embedding, causal
+attention, tanh-GELU, an entity head (which word) and a value head (which bin it would have), neither tied. Our own
+models may add two things, both off in the published shape: a *set state* at the input, which shows every
+position a summary of the words so far (an ordinary linear classifier sees all genes of a cell at once; so does this),
+and a *spread* for each word's value, so that values can be sampled.
+
+Shape letters: B sentences, T words, W width, V vocabulary.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scmulan.errors import ModelError
+from scmulan.model.cache import Cache
+
+
+@dataclass(kw_only=True, slots=True)
+class MulanConfig:
+    """Shape of the network."""
+
+    vocabulary: int = 2222
+    """Number of words."""
+    layers: int = 24
+    """Decoder blocks."""
+    heads: int = 20
+    """Attention heads; must divide ``width``."""
+    width: int = 1120
+    """Size of a hidden state."""
+    levels: int = 10
+    """Bins of a gene's value; value 0 is kept for words that are no genes."""
+    bias: bool = False
+    """Whether linear layers and norms have biases (the 368 M release has none)."""
+    set_state: bool = False
+    """Whether a summary of the words so far is added to the input of each position."""
+    value_spread: bool = False
+    """Whether each word has a learned scale, which makes its value a distribution over the bins."""
+    word_bias: bool = False
+    """Whether each word has a bias in the entity head."""
+    bounded_genes: bool = False
+    """Whether a gene is weighed by σ(logit), at most one, when it competes to be the next word (see ``log_weights``)."""
+    dropout: float = 0.0
+    """Dropout of the residual branches while training."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "layers", "heads", "width", "levels"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"model {name} is {getattr(self, name)}: expected a positive number")
+        if self.width % self.heads:
+            raise ModelError(f"model width {self.width} is not a multiple of its {self.heads} heads")
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Self:
+        """Configuration from parsed JSON; unknown keys are refused."""
+        unknown = set(raw) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ModelError(f"unknown model setting {sorted(unknown)[0]!r}: this scmulan may be older than the model")
+        return cls(**raw)
+
+
+PUBLISHED = MulanConfig()
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: MulanConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x_BTW: Tensor, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
+        B, T, W = x_BTW.shape
+        q, k, v = (t.view(B, T, self.heads, W // self.heads).transpose(1, 2) for t in self.qkv(x_BTW).split(W, dim=2))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).reshape(B, T, W))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm."""
+
+    def __init__(self, config: MulanConfig) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.width, bias=config.bias)
+        self.attention = Attention(config)
+        self.norm_2 = nn.LayerNorm(config.width, bias=config.bias)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=config.bias)
+        self.down = nn.Linear(4 * config.width, config.width, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), cache, layer, mask))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh")))
+
+
+class SetState(nn.Module):
+    """Summary of the words so far: what the genes say, what the other words say, and how many genes there are.
+
+    Genes are summed as word vector × gain of its value: the product of gene and level is what a linear model of
+    expression uses, and what a sum of the two embeddings lacks. Metadata and prompt words have a sum of their own,
+    which a thousand genes do not drown. The count is what a stop decision needs and attention, being an average,
+    cannot tell.
+    """
+
+    def __init__(self, config: MulanConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocabulary, config.width)
+        self.gain = nn.Embedding(config.levels + 1, config.width)
+        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.norm_rest = nn.LayerNorm(config.width, bias=False)
+        self.out = nn.Linear(2 * config.width + 2, config.width, bias=False)
+
+    def forward(self, entity: Tensor, value: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """State ``[B, T, W]`` at each word, and the running sums ``[B, T, 2 W + 1]`` that a cache keeps."""
+        is_gene = (value > 0)[..., None].to(self.word.weight.dtype)
+        word = self.word(entity)
+        bag = torch.cat((word * self.gain(value) * is_gene, word * (1 - is_gene), is_gene), dim=-1).cumsum(1)
+        if cache is not None:
+            assert cache.bag is not None
+            bag = bag + cache.bag[:, None]
+        genes, rest, count = bag.split((word.shape[-1], word.shape[-1], 1), dim=-1)
+        number = torch.cat(((count + 1).log() - 4.0, count / 512.0), dim=-1)
+        genes = self.norm(genes / (count + 1).sqrt())
+        return self.out(torch.cat((genes, self.norm_rest(rest), number), dim=-1)), bag
+
+
+class Mulan(nn.Module):
+    """The decoder with its two heads.
+
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    """
+
+    def __init__(self, config: MulanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word = nn.Embedding(config.vocabulary, config.width)
+        self.level = nn.Embedding(config.levels + 1, config.width)
+        self.set_state = SetState(config) if config.set_state else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.entity_head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.value_head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.entity_bias = nn.Parameter(torch.zeros(config.vocabulary)) if config.word_bias else None
+        self.log_scale = nn.Parameter(torch.zeros(config.vocabulary)) if config.value_spread else None
+        self.value_bias = nn.Parameter(torch.full((config.vocabulary,), 5.0)) if config.value_spread else None
+
+    def initialise(self, seed: int) -> Self:
+        """GPT-2 initialisation from a seed: normal 0.02, residual outputs scaled by the depth."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight") or ".norm_" in name and name.endswith("weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith("bias") or name == "log_scale":
+                continue
+            elif name == "set_state.gain.weight":
+                with torch.no_grad():
+                    steps = torch.linspace(0.1, 1.0, self.config.levels + 1)
+                    parameter.copy_(steps[:, None].expand_as(parameter))
+            else:
+                residual = name.endswith(("attention.out.weight", "down.weight"))
+                std = 0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(parameter, 0.0, std, generator=generator)
+        return self
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, entity: Tensor, value: Tensor, cache: Cache | None = None, new: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm.
+
+        Parameters
+        ----------
+        entity, value
+            int64 ``[B, T]``, right-padded with anything: causal attention never looks right.
+        cache
+            Words read before; the new ones are added to it.
+        new
+            int64 ``[B]``: how many of the T words of each row are no padding; needed with a cache (default: all).
+
+        Returns
+        -------
+        Tensor
+            ``[B, T, W]``.
+        """
+        x = self.word(entity) + self.level(value)
+        bag = None
+        if self.set_state is not None:
+            state, bag = self.set_state(entity, value, cache)
+            x = x + state
+        mask = None if cache is None else cache.mask(entity.shape[1])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer, mask)
+        if cache is not None:
+            cache.advance(entity.shape[1], new, bag)
+        return self.norm(x)
+
+    def entity_logits(self, hidden: Tensor) -> Tensor:
+        """Logit of every word at hidden states ``[..., W]`` → ``[..., V]``."""
+        logits = self.entity_head(hidden)
+        return logits if self.entity_bias is None else logits + self.entity_bias
+
+    def log_weights(self, logits: Tensor, end: int) -> Tensor:
+        """Log of the weight with which each word of a cell competes to be the next one: ``[..., V]`` → ``[..., V]``.
+
+        All genes that a cell surely has are equally likely to come next, and as the cell goes on the odds that a gene
+        is still to come fall by the same factor for all genes. With weight σ(z) the first is saturation and the
+        second one common shift of z; softmax, whose weight is exp(z), can say neither. The end word keeps exp(z).
+        """
+        if not self.config.bounded_genes:
+            return logits
+        bounded = F.logsigmoid(logits)
+        bounded[..., end] = logits[..., end]
+        return bounded
+
+    def value_mean(self, hidden: Tensor) -> Tensor:
+        """Expected bin of every word, were it said next: ``[..., W]`` → ``[..., V]``."""
+        mean = self.value_head(hidden)
+        return mean if self.value_bias is None else mean + self.value_bias
+
+    def level_log_probs(self, mean: Tensor, word: Tensor) -> Tensor:
+        """Log-probability of each bin 1…levels of given words.
+
+        A logistic distribution around the mean with the word's own scale, cut into bins of width one; the outer bins
+        hold the tails.
+
+        Parameters
+        ----------
+        mean
+            Expected bins ``[...]`` (from :meth:`value_mean`).
+        word
+            Word ids ``[...]``.
+
+        Returns
+        -------
+        Tensor
+            ``[..., levels]``; rows sum to one after ``exp``.
+        """
+        assert self.log_scale is not None
+        edges = torch.arange(1, self.config.levels, device=mean.device, dtype=mean.dtype) + 0.5
+        scale = self.log_scale[word].exp()[..., None]
+        below = (edges - mean[..., None]) / scale  # upper edge of bins 1 … levels − 1
+        # log(sigmoid(b) − sigmoid(a)) = logsigmoid(b) + logsigmoid(−a) + log(1 − exp(a − b)), stable in both tails
+        inner = F.logsigmoid(below[..., 1:]) + F.logsigmoid(-below[..., :-1]) + torch.log(-torch.expm1(-1 / scale))
+        return torch.cat((F.logsigmoid(below[..., :1]), inner, F.logsigmoid(-below[..., -1:])), dim=-1)
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """Empty cache for ``rows`` sentences of up to ``capacity`` words."""
+        c = self.config
+        weight = self.word.weight
+        shape = (c.layers, rows, c.heads, capacity, c.width // c.heads)
+        empty = {"dtype": weight.dtype, "device": weight.device}
+        bag = torch.zeros(rows, 2 * c.width + 1, **empty) if self.set_state is not None else None
+        length = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return Cache(keys=torch.zeros(shape, **empty), values=torch.zeros(shape, **empty), length=length, bag=bag)

@@ -1,0 +1,76 @@
+"""Decoding from a cache gives what reading the whole sentence gives."""
+
+import numpy as np
+import pytest
+import torch
+
+LENGTHS = (1, 6, 3, 9)
+# What each row reads after its prompt, in three calls: a row may pause, one call brings several words.
+CALLS = ((1, 1, 1, 1), (1, 0, 3, 2), (0, 2, 1, 1))
+
+
+@pytest.fixture(params=[False, True], ids=["published", "set_state"])
+def network(request, make_network):
+    return make_network(set_state=request.param)
+
+
+@pytest.fixture
+def words():
+    rng = np.random.default_rng(7)
+    total = [n + sum(call[i] for call in CALLS) for i, n in enumerate(LENGTHS)]
+    return [tuple(torch.from_numpy(rng.integers(0, m, n)) for m in (30, 11)) for n in total]
+
+
+def padded(parts, fill):
+    """Rows of different lengths side by side; padding is any word, not a harmless one."""
+    longest = max(len(e) for e, _ in parts)
+    rows = [[torch.cat((t, torch.full((longest - len(t),), fill))) for t in pair] for pair in parts]
+    return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+
+
+@torch.inference_mode()
+def test_ragged_rows_read_step_by_step(network, words):
+    whole = [network(e[None], v[None])[0] for e, v in words]
+    cache = network.new_cache(4, 20)
+    read = [0, 0, 0, 0]
+    for call in (LENGTHS, *CALLS):
+        part = [(e[r : r + n], v[r : r + n]) for (e, v), r, n in zip(words, read, call, strict=True)]
+        hidden = network(*padded(part, fill=10), cache, torch.tensor(call))
+        for i, n in enumerate(call):
+            np.testing.assert_allclose(hidden[i, :n].numpy(), whole[i][read[i] : read[i] + n].numpy(), atol=1e-5)
+            read[i] += n
+    assert cache.length.tolist() == [len(e) for e, _ in words] == read
+
+
+@torch.inference_mode()
+def test_a_shared_prompt_is_read_once(network, words):
+    """One row's cache, expanded, then different words in each row."""
+    entity, value = words[3]
+    cache = network.new_cache(1, 20)
+    network(entity[None, :9], value[None, :9], cache)
+    cache = cache.expand(3)
+    new = torch.tensor([[4], [5], [6]])
+    found = network(new, torch.tensor([[1], [2], [3]]), cache)[:, 0]
+    for i in range(3):
+        e, v = torch.cat((entity[:9], new[i])), torch.cat((value[:9], torch.tensor([i + 1])))
+        np.testing.assert_allclose(found[i].numpy(), network(e[None], v[None])[0, -1].numpy(), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_chosen_rows_go_on_alone(network, words):
+    prompts = [(e[:n], v[:n]) for (e, v), n in zip(words, LENGTHS, strict=True)]
+    cache = network.new_cache(4, 20)
+    network(*padded(prompts, fill=10), cache, torch.tensor(LENGTHS))
+    chosen = cache.select(torch.tensor([3, 0]))
+    found = network(torch.tensor([[8], [9]]), torch.tensor([[2], [5]]), chosen)[:, 0]
+    for row, i, word, value in ((0, 3, 8, 2), (1, 0, 9, 5)):
+        e, v = (torch.cat((t, torch.tensor([x]))) for t, x in zip(prompts[i], (word, value), strict=True))
+        np.testing.assert_allclose(found[row].numpy(), network(e[None], v[None])[0, -1].numpy(), atol=1e-5)
+    assert cache.length.tolist() == list(LENGTHS)  # the original is as it was
+
+
+def test_capacity_and_size(make_network):
+    cache = make_network(layers=2, heads=2, width=16).new_cache(3, 20)
+    assert cache.capacity == 20
+    assert cache.keys.shape == (2, 3, 2, 20, 8)
+    assert cache.bag is None
