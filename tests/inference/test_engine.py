@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,11 +99,7 @@ def tiny(objective: str, seed: int):
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.4)
 
-    class Loaded:
-        card = {"objective": objective}
-
-    Loaded.network, Loaded.vocabulary, Loaded.config = network, vocabulary, config
-    return Loaded
+    return SimpleNamespace(network=network, vocabulary=vocabulary, config=config, card={"objective": objective})
 
 
 @torch.inference_mode()
@@ -167,7 +164,8 @@ def test_set_rule_weighs_by_chance_and_softmax_by_odds():
     logits = torch.tensor([[2.0, -1.0, -torch.inf]])
     chance = word_weights(logits, "set", 1.0)
     odds = word_weights(logits, "softmax", 1.0)
-    assert float(chance[0, 1] / chance[0, 0]) == pytest.approx(float(torch.tensor(-1.0).sigmoid() / torch.tensor(2.0).sigmoid()))
+    expected = torch.tensor(-1.0).sigmoid() / torch.tensor(2.0).sigmoid()
+    assert float(chance[0, 1] / chance[0, 0]) == pytest.approx(float(expected))
     assert float(odds[0, 1] / odds[0, 0]) == pytest.approx(float(np.exp(-3)))
     assert chance[0, 2] == 0 and odds[0, 2] == 0
 

@@ -85,7 +85,14 @@ def test_normalised_but_not_logged(counts):
         assert (verdict.kind, verdict.state) == ("normalised", "counts")
     tpm = normalised(continuous(counts), 1e6)
     assert judge(tpm).kind == "normalised"
-    assert "sums to 1e+06" in judge(tpm).why or "1,000,000" in judge(tpm).why
+    assert "sums to 1e+06" in judge(tpm).why
+
+
+@pytest.mark.parametrize("base", [math.e, 2.0])
+def test_logarithms_of_tpm_are_known_by_the_total_of_cells(counts, base):
+    verdict = judge(mapped(normalised(continuous(counts), 1e6), lambda v: np.log1p(v) / math.log(base)))
+    assert (verdict.kind, verdict.factor) == ("log1p", pytest.approx(math.log(base)))
+    assert "every cell sums to 1e+06" in verdict.why
 
 
 def test_a_small_normalised_total_is_told_from_logarithms_by_the_totals(counts):
@@ -123,6 +130,14 @@ def test_hardly_fractional_counts_are_not_mistaken_for_normalised_ones(counts):
     rng = np.random.default_rng(0)
     values = mapped(counts, lambda v: np.where(rng.random(v.size) < 0.02, v * rng.uniform(1, 1.5, v.size), v))
     assert judge(values).kind == "fractional counts"
+
+
+def test_mostly_fractional_small_counts(counts):
+    """Nothing is large and few values are whole, but logarithms are hardly ever whole."""
+    rng = np.random.default_rng(0)
+    values = mapped(counts, lambda v: np.where(rng.random(v.size) < 0.8, v * rng.uniform(0.2, 1, v.size), v))
+    small = values[:, np.ravel(values.max(axis=0).toarray()) < 15]
+    assert (judge(small).kind, judge(small).state) == ("fractional counts", "counts")
 
 
 def test_below_zero_is_scaled_and_nan_is_invalid(counts):

@@ -7,10 +7,8 @@ from scmulan.language.vocabulary import METADATA, Family, Vocabulary, family_of_
 
 
 def small() -> Vocabulary:
-    return Vocabulary.build(
-        ["CD3E", "MS4A1"],
-        {Family.ORGAN: ["Blood", "Brain"], Family.COARSE: ["B cell", "T cell"], Family.FINE: ["B cell", "naive B cell"]},
-    )
+    types = {Family.COARSE: ["B cell", "T cell"], Family.FINE: ["B cell", "naive B cell"]}
+    return Vocabulary.build(["CD3E", "MS4A1"], {Family.ORGAN: ["Blood", "Brain"], **types})
 
 
 def test_published_vocabulary_has_the_words_and_families_of_the_release():

@@ -85,7 +85,7 @@ def score_labels(
             probabilities[rows] = _normalise(logits[:, ids], model.card.get("objective", "published")).cpu().numpy()
         state[rows] = last.float().cpu().numpy()
         progress(len(rows))
-    return LabelScores(*out, state)
+    return LabelScores(coarse=out[0], fine=out[1], state=state)
 
 
 def _normalise(logits: torch.Tensor, objective: str) -> torch.Tensor:

@@ -43,14 +43,14 @@ class MulanConfig:
     word_bias: bool = False
     """Whether each word has a bias in the entity head."""
     bounded_genes: bool = False
-    """Whether a gene is weighed by σ(logit), at most one, when it competes to be the next word (see ``log_weights``)."""
+    """Whether a gene competes to be the next word with weight σ(logit), at most one (see ``Mulan.log_weights``)."""
     dropout: float = 0.0
     """Dropout of the residual branches while training."""
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "layers", "heads", "width", "levels"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"model {name} is {getattr(self, name)}: expected a positive number")
+        for name, least in (("vocabulary", 1), ("layers", 1), ("heads", 1), ("width", 1), ("levels", 2)):
+            if getattr(self, name) < least:
+                raise ModelError(f"model {name} is {getattr(self, name)}: expected at least {least}")
         if self.width % self.heads:
             raise ModelError(f"model width {self.width} is not a multiple of its {self.heads} heads")
 
@@ -80,6 +80,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x_BTW: Tensor, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
+        """Attend to the words so far; with a cache, to those of earlier calls too."""
         B, T, W = x_BTW.shape
         q, k, v = (t.view(B, T, self.heads, W // self.heads).transpose(1, 2) for t in self.qkv(x_BTW).split(W, dim=2))
         if cache is not None:
@@ -101,6 +102,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
+        """``[B, T, W]`` → ``[B, T, W]``."""
         x = x + self.dropout(self.attention(self.norm_1(x), cache, layer, mask))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh")))
 
@@ -124,16 +126,18 @@ class SetState(nn.Module):
 
     def forward(self, entity: Tensor, value: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """State ``[B, T, W]`` at each word, and the running sums ``[B, T, 2 W + 1]`` that a cache keeps."""
-        is_gene = (value > 0)[..., None].to(self.word.weight.dtype)
-        word = self.word(entity)
-        bag = torch.cat((word * self.gain(value) * is_gene, word * (1 - is_gene), is_gene), dim=-1).cumsum(1)
+        # Sums and counts of a thousand words need float32: bfloat16 counts no further than 256.
+        is_gene = (value > 0)[..., None].float()
+        word, gain = self.word(entity).float(), self.gain(value).float()
+        bag = torch.cat((word * gain * is_gene, word * (1 - is_gene), is_gene), dim=-1).cumsum(1)
         if cache is not None:
             assert cache.bag is not None
             bag = bag + cache.bag[:, None]
         genes, rest, count = bag.split((word.shape[-1], word.shape[-1], 1), dim=-1)
         number = torch.cat(((count + 1).log() - 4.0, count / 512.0), dim=-1)
-        genes = self.norm(genes / (count + 1).sqrt())
-        return self.out(torch.cat((genes, self.norm_rest(rest), number), dim=-1)), bag
+        kind = self.out.weight.dtype
+        genes, rest = self.norm((genes / (count + 1).sqrt()).to(kind)), self.norm_rest(rest.to(kind))
+        return self.out(torch.cat((genes, rest, number.to(kind)), dim=-1)), bag
 
 
 class Mulan(nn.Module):
@@ -163,10 +167,12 @@ class Mulan(nn.Module):
         """GPT-2 initialisation from a seed: normal 0.02, residual outputs scaled by the depth."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight") or ".norm_" in name and name.endswith("weight"):
+            if name.endswith("norm.weight") or (".norm_" in name and name.endswith("weight")):
                 nn.init.ones_(parameter)
+            elif name == "value_bias":
+                continue  # starts at the middle bin
             elif name.endswith("bias") or name == "log_scale":
-                continue
+                nn.init.zeros_(parameter)
             elif name == "set_state.gain.weight":
                 with torch.no_grad():
                     steps = torch.linspace(0.1, 1.0, self.config.levels + 1)
@@ -262,7 +268,6 @@ class Mulan(nn.Module):
         c = self.config
         weight = self.word.weight
         shape = (c.layers, rows, c.heads, capacity, c.width // c.heads)
-        empty = {"dtype": weight.dtype, "device": weight.device}
-        bag = torch.zeros(rows, 2 * c.width + 1, **empty) if self.set_state is not None else None
+        bag = torch.zeros(rows, 2 * c.width + 1, device=weight.device) if self.set_state is not None else None
         length = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        return Cache(keys=torch.zeros(shape, **empty), values=torch.zeros(shape, **empty), length=length, bag=bag)
+        return Cache(keys=weight.new_zeros(shape), values=weight.new_zeros(shape), length=length, bag=bag)
