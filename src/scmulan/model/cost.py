@@ -30,8 +30,8 @@ def parameters(config: "MulanConfig") -> int:
     block = 12 * W * W + 2 * norm + 9 * W * config.bias
     total = config.layers * block + norm + 3 * V * W + (config.levels + 1) * W
     if config.set_state:
-        total += (V + config.levels + 1) * W + 2 * W + (2 * W + 2) * W
-    return total + 2 * V * config.value_spread
+        total += (V + config.levels + 1) * W + W + (2 * W + 2) * W
+    return total + 2 * V * config.value_spread + V * config.word_bias
 
 
 def weight_bytes(config: "MulanConfig", precision: str = "fp32") -> int:

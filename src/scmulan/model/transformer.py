@@ -68,6 +68,8 @@ class MulanConfig:
 
 
 PUBLISHED = MulanConfig()
+# Genes after which a cell's own genes count for half of what many genes would.
+FEW_GENES = 32
 
 
 class Attention(nn.Module):
@@ -111,9 +113,9 @@ class SetState(nn.Module):
     """Summary of the words so far: what the genes say, what the other words say, and how many genes there are.
 
     Genes are summed as word vector × gain of its value: the product of gene and level is what a linear model of
-    expression uses, and what a sum of the two embeddings lacks. Metadata and prompt words have a sum of their own,
-    which a thousand genes do not drown. The count is what a stop decision needs and attention, being an average,
-    cannot tell.
+    expression uses, and what a sum of the two embeddings lacks. The sum is normalised and counts for n / (n + 32) with
+    n genes: a single gene says little. Metadata and prompt words have a sum of their own, which a thousand genes do
+    not drown. The count is what a stop decision needs and attention, being an average, cannot tell.
     """
 
     def __init__(self, config: MulanConfig) -> None:
@@ -121,7 +123,6 @@ class SetState(nn.Module):
         self.word = nn.Embedding(config.vocabulary, config.width)
         self.gain = nn.Embedding(config.levels + 1, config.width)
         self.norm = nn.LayerNorm(config.width, bias=False)
-        self.norm_rest = nn.LayerNorm(config.width, bias=False)
         self.out = nn.Linear(2 * config.width + 2, config.width, bias=False)
 
     def forward(self, entity: Tensor, value: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
@@ -136,8 +137,8 @@ class SetState(nn.Module):
         genes, rest, count = bag.split((word.shape[-1], word.shape[-1], 1), dim=-1)
         number = torch.cat(((count + 1).log() - 4.0, count / 512.0), dim=-1)
         kind = self.out.weight.dtype
-        genes, rest = self.norm((genes / (count + 1).sqrt()).to(kind)), self.norm_rest(rest.to(kind))
-        return self.out(torch.cat((genes, rest, number.to(kind)), dim=-1)), bag
+        genes = self.norm((genes / (count + 1).sqrt()).to(kind)) * (count / (count + FEW_GENES)).to(kind)
+        return self.out(torch.cat((genes, rest.to(kind), number.to(kind)), dim=-1)), bag
 
 
 class Mulan(nn.Module):
