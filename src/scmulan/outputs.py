@@ -91,6 +91,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         _replace(temporary, target)
+    except OutputError:  # of an output inside this one: it has said which
+        raise
     except Exception as error:
         if _is_full(error):
             raise OutputError(

@@ -95,7 +95,7 @@ def test_no_mouse_spelling_of_a_human_symbol_is_taken_for_it():
     assert len(taken) < 0.01 * len(mouse)
 
 
-def test_loading_and_resolving_are_fast():
+def test_resolving_a_whole_genome_costs_no_more_than_loading_the_table_a_few_times():
     text = read_text("genes.tsv.gz")
     load, resolve = [], []
     names = [*TABLE.symbols[:20_000], *(f"RP11-{i}P{i % 17}.{i % 9}" for i in range(15_000))]
@@ -106,8 +106,7 @@ def test_loading_and_resolving_are_fast():
         start = time.process_time()
         table.resolve(names)
         resolve.append(time.process_time() - start)
-    assert min(load) < 0.3
-    assert min(resolve) < 0.7
+    assert min(resolve) < 20 * min(load)
 
 
 def test_columns_follow_the_vocabulary_also_where_it_holds_old_names():
@@ -148,8 +147,8 @@ def test_report_is_json_and_summary_says_what_matters():
     report = json.loads(json.dumps(match.report(umi_share=0.98765)))
     assert report["vocabulary_genes"] == 13 and report["input_genes"] == 16 and report["matched_columns"] == 14
     assert report["umi_share"] == 0.9877 and report["fraction_of_vocabulary"] == 1.0
-    assert report["renamed"] == {"count": 2, "examples": {"FAM129A": "NIBAN1", "MATR3-1": "MATR3"}}
-    assert report["ambiguous"]["examples"] == {"QARS": ["EPRS1", "QARS1"]}
+    assert report["renamed"] == {"count": 2, "examples": ["FAM129A → NIBAN1", "MATR3-1 → MATR3"]}
+    assert report["ambiguous"]["examples"] == ["QARS → EPRS1, QARS1"]
     assert report["unknown"] == {"count": 1, "examples": ["NOSUCH"]}
     assert match.report()["umi_share"] is None
     assert len(match_genes(TABLE.symbols, RELEASE).report()["missing"]["examples"]) <= 20

@@ -60,6 +60,8 @@ def test_metadata_fields_have_the_names_people_use():
     assert family_of_field("cell_type") is Family.FINE
     assert family_of_field("tech") is Family.TECHNOLOGY
     assert small().metadata_ids({"organ": "Blood", "cell_type": "B cell"}) == [3, 7]
+    with pytest.raises(VocabularyError, match="organ is given twice"):
+        small().metadata_ids({"organ": "Blood", "tissue": "Brain"})
     with pytest.raises(VocabularyError, match="unknown metadata field 'colour'"):
         family_of_field("colour")
 

@@ -9,7 +9,8 @@ from scmulan.model.transformer import PUBLISHED, Mulan, MulanConfig
 SHAPES = [
     MulanConfig(),
     MulanConfig(vocabulary=100, layers=3, heads=2, width=48, bias=True),
-    MulanConfig(vocabulary=77, layers=2, heads=4, width=64, levels=7, set_state=True, value_spread=True, word_bias=True),
+    MulanConfig(vocabulary=77, layers=2, heads=4, width=64, levels=7, set_state=True, value_spread=True),
+    MulanConfig(vocabulary=77, layers=1, heads=4, width=64, word_bias=True, bounded_genes=True),
     MulanConfig(vocabulary=77, layers=1, heads=1, width=8, bias=True, set_state=True),
 ]
 

@@ -120,9 +120,11 @@ class GeneMatch:
 
 
 def _excerpt(values: list[str] | dict[str, Any]) -> dict[str, Any]:
-    some: Any = list(values)[:EXAMPLES]
+    some = list(values)[:EXAMPLES]
     if isinstance(values, dict):
-        some = {name: values[name] for name in some}
+        # Text, not a dictionary: a gene's name with a slash in it is no key that h5ad could store.
+        meant = ((name, values[name]) for name in some)
+        some = [f"{name} → {other if isinstance(other, str) else ', '.join(other)}" for name, other in meant]
     return {"count": len(values), "examples": some}
 
 

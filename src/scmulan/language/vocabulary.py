@@ -189,7 +189,11 @@ class Vocabulary:
 
     def metadata_ids(self, metadata: Mapping[str, str]) -> list[int]:
         """Ids of metadata given as ``{"organ": "Blood", "cell_type": "B cell"}``, in the order given."""
-        return [self.id(family_of_field(field), str(name)) for field, name in metadata.items()]
+        families = [family_of_field(field) for field in metadata]
+        twice = next((f for f in families if families.count(f) > 1), None)
+        if twice is not None:
+            raise VocabularyError(f"{twice.replace('_', ' ')} is given twice among {', '.join(metadata)}: give it once")
+        return [self.id(family, str(name)) for family, name in zip(families, metadata.values(), strict=True)]
 
     # -- making new ones ---------------------------------------------------------------------------------------
 

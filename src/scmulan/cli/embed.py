@@ -1,0 +1,45 @@
+"""``scmulan embed``."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from scmulan.cli import console, options
+
+
+def embed(
+    cells: options.Cells,
+    out: options.Out,
+    model: options.Model = "mini",
+    rule: Annotated[
+        Literal["default", "release"],
+        typer.Option(
+            help="default: the state that names the cell; release: the state that the published release gives."
+        ),
+    ] = "default",
+    layer: options.Layer = None,
+    state: options.State = None,
+    min_genes: options.MinGenes = 20,
+    device: options.Device = "auto",
+    batch_size: options.BatchSize = options.AUTO,
+    as_json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Place each cell among others, also of other studies.
+
+    The output is a copy of the input with X_scmulan in obsm, to be used in place of X_pca, and how it was made in
+    uns['scmulan'].
+    """
+    from scmulan.tl.on_disk import Reading, embed_file
+
+    account = embed_file(
+        cells, out, model=model, rule=rule,
+        reading=Reading(layer=layer, state=state, min_genes=min_genes, device=device, batch_words=batch_size),
+        force=force, progress=console.progress,
+    )  # fmt: skip
+    rows = {
+        **console.reading(account),
+        "embedding": f"obsm[{account['obsm'][0]!r}], {account['width']} numbers per cell",
+        "written": account["output"],
+    }
+    console.result(account, f"{console.heading(account)}\n{console.table(rows)}", as_json)

@@ -1,0 +1,78 @@
+"""``scmulan finetune``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from scmulan.cli import console, options
+
+
+def finetune(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model to start from: a name or a folder.", show_default=False)
+    ],
+    data: Annotated[Path, typer.Argument(metavar="DATA.h5ad", help="Labelled cells.", show_default=False)],
+    labels: Annotated[str, typer.Option(metavar="COLUMN", help="obs column of cell types.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Model folder to write.", show_default=False)],
+    coarse: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="obs column of coarse types.", show_default="from the Cell Ontology"),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=COLUMN",
+            show_default="columns with the names of fields",
+            help="obs column of a further field, such as organ=tissue; may be given again.",
+        ),
+    ] = None,
+    donor: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Hold out whole donors by this obs column.", show_default=False),
+    ] = None,
+    method: Annotated[Literal["full"], typer.Option(help="full: all weights are trained.")] = "full",
+    epochs: Annotated[
+        float | None, typer.Option(help="Most passes over the labelled cells.", show_default="30, 200–3,000 steps")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps.", show_default=False)] = None,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    validation_share: Annotated[float, typer.Option(help="Share of the labelled cells that is held out.")] = 0.1,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many checks without a better one.")] = 6,
+    ontology: Annotated[
+        bool, typer.Option("--ontology", help="A finer type is right where a label is coarser.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
+    layer: options.Layer = None,
+    state: options.State = None,
+    min_genes: options.MinGenes = 20,
+    as_json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Teach a model the cell types of your own cells.
+
+    Labels that the model lacks become new words. The result is a model folder like any other. The same command
+    continues a run that was interrupted.
+    """
+    from scmulan.training.finetune import finetune
+
+    report = finetune(
+        model, data, labels, out, coarse=coarse, metadata=options.fields(metadata, "--metadata", "COLUMN"),
+        donor=donor, method=method, epochs=epochs, steps=steps, rate=rate, validation_share=validation_share,
+        patience=patience, ontology=ontology, seed=seed, layer=layer, state=state, min_genes=min_genes, force=force,
+        progress=console.log,
+    )  # fmt: skip
+    if report["model"] is None:
+        console.log("scmulan: interrupted; the same command continues from the last checkpoint")
+        raise typer.Exit(130)
+    console.result(report, _sentences(report), as_json)
+
+
+def _sentences(report: dict[str, Any]) -> str:
+    recall = report["validation"]["recall"]
+    rows = {
+        name: f"{cells:,} cells" + (f", {recall[name]:.0%} of those held out named so" if name in recall else "")
+        for name, cells in report["labels"].items()
+    }
+    accuracy = f"{report['validation']['accuracy']:.1%} of {report['held_out']:,} held-out cells named as labelled"
+    return f"{accuracy} (step {report['best_step']:,})\n{console.table(rows)}\nwritten: {report['model']}"

@@ -1,0 +1,41 @@
+"""``scmulan pretrain``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scmulan.cli import console, options
+
+
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train on what.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="Run folder.", show_default="runs/NAME of the recipe"),
+    ] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            show_default=False,
+            help="Setting that wins over the recipe's, such as optimizer.steps=200; may be given again.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the cells, say what would be trained, stop.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a model as a recipe says.
+
+    The same command continues a run that was interrupted. The finished model is the folder 'model' of the run folder.
+    """
+    from scmulan.training.pretrain import describe, pretrain
+
+    report = pretrain(recipe, out, changes=what or [], dry_run=dry_run)
+    if report["model"] is None and not dry_run:
+        console.log("scmulan: interrupted; the same command continues from the last checkpoint")
+        raise typer.Exit(130)
+    console.result(report, describe(report), as_json)

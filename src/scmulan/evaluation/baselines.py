@@ -1,0 +1,184 @@
+"""Logistic regression trained on labelled files: the baseline that a model of cells has to beat.
+
+It is fitted for each file anew, on the genes that the cells to be named share with the training cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from scmulan.corpus.select import GeneScores
+from scmulan.errors import InputError
+from scmulan.evaluation.cells import GeneCells, Total, file_names, ignoring, named, need, open_labelled, read_genes
+from scmulan.evaluation.labels import LabelMap, read_column
+from scmulan.language.ontology import Ontology
+
+__all__ = ["LogisticBaseline", "LogisticConfig", "TrainingFile", "read_training_file"]
+
+
+@dataclass(kw_only=True, slots=True)
+class LogisticConfig:
+    """Settings of the baseline."""
+
+    C: float = 1.0
+    """Inverse strength of the L2 penalty."""
+    scaling: Literal["none", "sd", "max"] = "max"
+    """What a gene's log1p values are divided by: nothing, their standard deviation or their maximum in training."""
+    total: Total = "file"
+    """What is scaled to 10,000 per cell: all genes of a file or the shared ones."""
+    presence: float = 0.0
+    """Smallest share of the training files that must have measured a gene."""
+    coarse: Literal["keep", "mask", "drop"] = "keep"
+    """Labels of which training has finer ones: kept; never given as an answer; or their cells left out."""
+    balanced: bool = False
+    """Whether all types weigh the same, however many cells they have."""
+    genes: int = 3000
+    """Most genes used, the most variable of the shared ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingFile:
+    """Labelled cells to train on."""
+
+    name: str
+    """Short name of the file."""
+    study: str
+    """Files of one study are left out together."""
+    cells: GeneCells
+    """Expression of the labelled cells."""
+    labels: np.ndarray
+    """Type of each, in the ontology's spelling."""
+    variable: dict[str, float]
+    """How variable each gene is, 0 to 1."""
+
+
+def read_training_file(path: str | Path, labels: str, mapping: LabelMap | None = None, name: str = "") -> TrainingFile:
+    """Read the labelled cells of a file.
+
+    Parameters
+    ----------
+    path
+        h5ad file.
+    labels
+        Column of ``obs``; cells without label are left out.
+    mapping
+        What the labels mean.
+    name
+        Short name (default: the file's).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be used or has no labelled cell.
+    """
+    adata = open_labelled(path)
+    mapping = mapping or LabelMap()
+    terms = np.array([mapping.term(label) for label in read_column(adata.obs, labels, str(path))], dtype=object)
+    inside = np.flatnonzero(terms != "")
+    if not len(inside):
+        raise InputError(f"{path}: no labelled cell in column {labels!r}; leave the file out of the training files")
+    name = name or file_names([path])[0]
+    studies = sorted(set(read_column(adata.obs, "study", str(path))) - {""}) if "study" in adata.obs else []
+    with named(path):
+        cells = read_genes(adata, str(path))
+    cells = GeneCells(amounts=cells.amounts[inside], genes=cells.genes, total=cells.total[inside])
+    scores = GeneScores()
+    scores.add(cells.genes, cells.amounts, cells.total, "counts")
+    return TrainingFile(
+        name=name,
+        study=studies[0] if len(studies) == 1 else name,
+        cells=cells,
+        labels=terms[inside],
+        variable=scores.scores,
+    )
+
+
+class LogisticBaseline:
+    """Multinomial logistic regression on the log1p values of shared genes.
+
+    Parameters
+    ----------
+    files
+        Training cells.
+    measured
+        Genes of the cells that are to be named.
+    config
+        Settings.
+    """
+
+    def __init__(self, files: Sequence[TrainingFile], measured: Sequence[str], config: LogisticConfig) -> None:
+        with need("logistic regression"):
+            from sklearn.linear_model import LogisticRegression
+        self.config = config
+        self.genes = shared_genes(files, measured, config)
+        labels = np.concatenate([file.labels for file in files])
+        x = np.concatenate([file.cells.log1p(self.genes, config.total).toarray() for file in files])
+        self.refused = coarse_labels(labels) if config.coarse != "keep" else set()
+        if config.coarse == "drop":
+            inside = ~np.isin(labels, list(self.refused))
+            x, labels = x[inside], labels[inside]
+        self.cells = len(labels)
+        self.scale = _scale(x, config.scaling)
+        self.regression = LogisticRegression(
+            C=config.C, class_weight="balanced" if config.balanced else None, max_iter=200, tol=1e-3
+        )
+        # A fit that stops at max_iter names cells as well as one that goes on.
+        with ignoring("lbfgs failed to converge"):
+            self.regression.fit(x / self.scale, labels)
+
+    @property
+    def types(self) -> list[str]:
+        """Types that it can name."""
+        return [str(c) for c in self.regression.classes_ if self.config.coarse != "mask" or c not in self.refused]
+
+    def predict(self, cells: GeneCells) -> tuple[np.ndarray, np.ndarray]:
+        """Name cells.
+
+        Returns
+        -------
+        tuple of numpy.ndarray
+            Type of each cell, and its probability together with that of the kinds of it.
+        """
+        x = cells.log1p(self.genes, self.config.total).toarray() / self.scale
+        classes = [str(c) for c in self.regression.classes_]
+        probability = self.regression.predict_proba(x)
+        allowed = np.isin(classes, self.types)
+        best = np.where(allowed, probability, -1.0).argmax(1)
+        supports = Ontology.load().label_matrix(classes)
+        together = np.take_along_axis(probability @ supports.T, best[:, None], 1)[:, 0]
+        return np.array(classes, dtype=object)[best], together.clip(0, 1)
+
+
+def shared_genes(files: Sequence[TrainingFile], measured: Sequence[str], config: LogisticConfig) -> list[str]:
+    """Return the most variable genes that the cells to be named share with the training files, alphabetically."""
+    number = pd.Series(0, index=pd.Index(list(measured)))
+    variable: dict[str, float] = {}
+    for file in files:
+        number[number.index.isin(file.cells.genes)] += 1
+        for gene, value in file.variable.items():
+            variable[gene] = variable.get(gene, 0.0) + value
+    enough = max(1, int(np.ceil(config.presence * len(files))))
+    shared = [gene for gene in number.index[number >= enough] if gene in variable]
+    if not shared:
+        raise InputError(
+            f"logistic regression: no gene is shared with at least {enough} of the {len(files)} training files"
+        )
+    return sorted(sorted(shared, key=lambda gene: (-variable[gene], gene))[: config.genes])
+
+
+def coarse_labels(labels: np.ndarray) -> set[str]:
+    """Return the labels of which others are kinds."""
+    names = sorted(set(labels))
+    matrix = Ontology.load().label_matrix(names)
+    return {name for name, row in zip(names, matrix, strict=True) if row.sum() > 1}
+
+
+def _scale(x: np.ndarray, scaling: str) -> np.ndarray:
+    if scaling == "none":
+        return np.ones(x.shape[1], dtype=np.float32)
+    spread = x.std(0) if scaling == "sd" else x.max(0)
+    return np.where(spread > 1e-3, spread, 1.0).astype(np.float32)

@@ -1,0 +1,129 @@
+"""What would such a cell look like?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+import scmulan
+from scmulan.errors import ScmulanError
+from scmulan.inference.engine import GenerateConfig, Progress, write_cells
+from scmulan.inference.sampling import Rule
+from scmulan.language.expression import debin
+from scmulan.language.genes import match_genes
+from scmulan.language.sentence import decode
+from scmulan.language.tasks import GENERATE
+from scmulan.language.vocabulary import Family, family_of_field
+from scmulan.model.checkpoint import LoadedModel
+
+
+def generate(
+    model: LoadedModel,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    n: int = 100,
+    seed: int = 0,
+    temperature: float = 1.0,
+    rule: Literal["default", "release"] = "default",
+    values: Literal["sample", "mean"] = "sample",
+    genes: Sequence[str] | None = None,
+    max_words: int = 1_550,
+    progress: Progress = lambda n: None,
+) -> ad.AnnData:
+    """Write new cells.
+
+    Parameters
+    ----------
+    model
+        From :func:`scmulan.load`.
+    metadata
+        What the cells should be: any subset of ``organ``, ``region``, ``age``, ``sex``, ``status``, ``technology``,
+        ``cell_type_coarse``, ``cell_type``; e.g. ``{"organ": "Blood", "cell_type": "B cell"}``.
+    n
+        Number of cells.
+    seed
+        The same seed gives the same cells; the first cells do not depend on ``n``.
+    temperature
+        Below 1 the likely genes are preferred.
+    rule
+        ``"default"``: the rule that fits the model's objective, see :mod:`scmulan.inference.sampling`.
+        ``"release"``: softmax over the logits, values at their mean, as the published release samples.
+    values
+        ``"sample"`` draws each value from its distribution where the model has one, ``"mean"`` takes its mean.
+    genes
+        Genes that may be written, as symbols or Ensembl ids: cells then compare with a data set of that panel.
+        Default: all of the model's genes.
+    max_words
+        Most genes of a cell.
+    progress
+        Called with the number of cells just done.
+
+    Returns
+    -------
+    anndata.AnnData
+        ``n`` cells × the model's genes. ``X`` (float32 CSR): log1p of counts per 10,000, de-binned as in
+        :func:`scmulan.language.expression.debin`; ``layers['level']``: the bins 1…10 as written;
+        ``obs``: the prompt, ``words`` (genes written), ``complete`` (False where ``max_words`` came first).
+
+    Raises
+    ------
+    VocabularyError
+        If a metadata field or word is unknown; the nearest words are suggested.
+    """
+    metadata = dict(metadata or {})
+    _positive(n=n, temperature=temperature, max_words=max_words)
+    vocabulary = model.vocabulary
+    prompt = np.array([*vocabulary.metadata_ids(metadata), vocabulary.prompts[GENERATE.name]])
+    allowed = None
+    if genes is not None:
+        match = match_genes(list(genes), vocabulary.genes, source="`genes`", warn_below=0.0)
+        allowed = np.zeros(len(vocabulary), dtype=bool)
+        allowed[vocabulary.ids(Family.GENE)[match.columns[match.columns >= 0]]] = True
+    config = GenerateConfig(
+        rule=_rule(model, rule),
+        temperature=temperature,
+        sample_values=values == "sample" and rule == "default",
+        max_words=max_words,
+    )
+    sentences = write_cells(model, prompt, n, config=config, seed=seed, genes=allowed, progress=progress)
+    cells = decode(sentences, vocabulary)
+    covered = float(model.card.get("covered", 1.0))
+    shape = (n, len(vocabulary.genes))
+    x = sp.csr_matrix((debin(cells.indptr, cells.level, covered=covered), cells.gene, cells.indptr), shape=shape)
+    level = sp.csr_matrix((cells.level, cells.gene, cells.indptr), shape=shape)
+    words = {str(family_of_field(f)): vocabulary.words[i] for f, i in zip(metadata, prompt, strict=False)}
+    obs = pd.DataFrame(
+        {f"prompt_{k}": pd.Categorical([v] * n) for k, v in words.items()},
+        index=pd.Index([f"generated-{seed}-{i}" for i in range(n)]),
+    )
+    obs["words"] = np.diff(cells.indptr)
+    obs["complete"] = cells.complete
+    out = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pd.Index(vocabulary.genes)), layers={"level": level})
+    parameters = {
+        "n": n, "seed": seed, "temperature": temperature, "rule": rule, "values": values, "max_words": max_words,
+        "panel": "all genes" if genes is None else f"{int(allowed.sum())} genes" if allowed is not None else "",
+    }  # fmt: skip
+    out.uns["scmulan"] = {
+        "version": scmulan.__version__,
+        "model": str(model.card.get("name", model.folder.name)),
+        "weights_hash": model.weights_hash,
+        "prompt": words,
+        "covered": covered,
+        "parameters": {"generate": parameters},
+    }
+    return out
+
+
+def _rule(model: LoadedModel, rule: str) -> Rule:
+    if rule == "release":
+        return "release"
+    return "set" if model.card.get("objective", "published") == "published" else "softmax"
+
+
+def _positive(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ScmulanError(f"{name} is {number}: expected a positive number")

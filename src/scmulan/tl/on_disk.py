@@ -1,0 +1,293 @@
+"""The verbs from file to file: outputs checked first, inputs read in blocks, results written whole or not at all."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anndata as ad
+import pandas as pd
+
+from scmulan.errors import OutputError
+from scmulan.files import check_output, copy_with_results, open_input, write_h5ad, write_table
+from scmulan.inference.engine import Progress
+from scmulan.inference.load import load
+from scmulan.language.genes import choose_names
+from scmulan.language.matrix import choose_matrix
+from scmulan.model.checkpoint import LoadedModel
+from scmulan.tl.annotate import KEY as TYPE
+from scmulan.tl.annotate import STATUSES, annotate_cells
+from scmulan.tl.embed import KEY as EMBEDDING
+from scmulan.tl.embed import embed_cells
+from scmulan.tl.generate import generate
+from scmulan.tl.reading import merge_uns
+
+CELLS = (".h5ad", ".zarr")
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+BATCH_WORDS = 16_384
+
+# Given the number of cells, yields what is called with each number of cells done.
+ProgressOf = Callable[[int], AbstractContextManager[Progress]]
+
+
+def no_progress(total: int) -> AbstractContextManager[Progress]:
+    """Show nothing."""
+    return nullcontext(lambda n: None)
+
+
+@dataclass(kw_only=True, slots=True)
+class Reading:
+    """How cells are read and passed through a model; as in :func:`scmulan.tl.annotate`."""
+
+    layer: str | None = None
+    """Matrix to use: ``"X"``, ``"raw"`` or the name of a layer (default: chosen by looking)."""
+    state: Literal["counts", "log1p"] | None = None
+    """What it holds (default: found by looking)."""
+    min_genes: int = 20
+    """Fewest genes of the model that the input must have."""
+    device: str = "auto"
+    """Where to compute."""
+    batch_words: int | None = None
+    """Padded words per forward pass (default: what suits most machines)."""
+
+    def options(self, progress: Progress) -> dict[str, Any]:
+        """Arguments of :func:`annotate_cells` and :func:`embed_cells`."""
+        words = BATCH_WORDS if self.batch_words is None else self.batch_words
+        return {
+            "layer": self.layer, "state": self.state, "min_genes": self.min_genes, "batch_words": words,
+            "progress": progress,
+        }  # fmt: skip
+
+
+def annotate_file(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    model: str | Path = "mini",
+    table: str | os.PathLike[str] | None = None,
+    rule: Literal["default", "release"] = "default",
+    threshold: float = 0.5,
+    embed: bool = False,
+    reading: Reading | None = None,
+    force: bool = False,
+    progress: ProgressOf = no_progress,
+) -> dict[str, Any]:
+    """Copy a file of cells and put a type for each cell into the copy.
+
+    Parameters
+    ----------
+    source
+        ``*.h5ad`` or ``*.zarr``; its matrices are never loaded whole.
+    out
+        Where the copy shall be; not the input itself.
+    model
+        Folder or name of a model.
+    table
+        Also write the types alone, as CSV or TSV.
+    rule, threshold
+        As in :func:`scmulan.tl.annotate`.
+    embed
+        Also store an embedding, as :func:`embed_file` does.
+    reading
+        How cells are read.
+    force
+        Replace outputs that exist.
+    progress
+        Shows how far it is.
+
+    Returns
+    -------
+    dict
+        Account in plain types: ``input``, ``output``, ``table``, ``cells``, ``model``, ``matrix``, ``genes``,
+        ``cell_types`` (most frequent first), ``status``, ``seconds`` …
+
+    Raises
+    ------
+    ScmulanError
+        If anything cannot be used as given; then nothing is written.
+    """
+    reading = reading or Reading()
+    outputs = {out: CELLS} if table is None else {out: CELLS, table: TABLES}
+    check_outputs(source, outputs, force)
+    with _cells(source) as adata:
+        loaded = load(model, device=reading.device)
+        with progress(adata.n_obs) as done, _Clock() as clock:
+            options = reading.options(done)
+            result = annotate_cells(adata, loaded, rule=rule, threshold=threshold, keep_state=embed, **options)
+        if embed:
+            used = result.uns["parameters"]
+            used["embed"] = {k: v for k, v in used["annotate"].items() if k != "threshold"}
+        merge_uns(adata, result.uns)
+        uns = {"scmulan": adata.uns["scmulan"]}
+    obsm = {} if result.state is None else {EMBEDDING: result.state}
+    copy_with_results(source, out, obs=result.obs, obsm=obsm, uns=uns)
+    if table is not None:
+        write_table(result.obs.rename_axis("cell"), table)
+    return {
+        **_account(source, out, loaded, result.uns, clock),
+        "table": None if table is None else str(table),
+        "cell_types": _counts(result.obs[TYPE]),
+        "status": {name: int((result.obs[f"{TYPE}_status"] == name).sum()) for name in STATUSES},
+        "obs": list(result.obs.columns),
+        "obsm": list(obsm),
+    }
+
+
+def embed_file(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    model: str | Path = "mini",
+    rule: Literal["default", "release"] = "default",
+    reading: Reading | None = None,
+    force: bool = False,
+    progress: ProgressOf = no_progress,
+) -> dict[str, Any]:
+    """Copy a file of cells and put an embedding into the copy; parameters as in :func:`annotate_file`.
+
+    Returns
+    -------
+    dict
+        Account in plain types: ``input``, ``output``, ``cells``, ``model``, ``matrix``, ``genes``, ``obsm`` (the
+        key), ``width``, ``seconds`` …
+    """
+    reading = reading or Reading()
+    check_outputs(source, {out: CELLS}, force)
+    with _cells(source) as adata:
+        loaded = load(model, device=reading.device)
+        with progress(adata.n_obs) as done, _Clock() as clock:
+            result = embed_cells(adata, loaded, rule=rule, **reading.options(done))
+        merge_uns(adata, result.uns)
+        uns = {"scmulan": adata.uns["scmulan"]}
+    copy_with_results(source, out, obsm={EMBEDDING: result.values}, uns=uns)
+    account = _account(source, out, loaded, result.uns, clock)
+    return {**account, "obsm": [EMBEDDING], "width": int(result.values.shape[1])}
+
+
+def generate_file(
+    out: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    *,
+    model: str | Path = "mini",
+    genes_from: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    n: int = 100,
+    force: bool = False,
+    progress: ProgressOf = no_progress,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write new cells into a file.
+
+    Parameters
+    ----------
+    out
+        ``*.h5ad`` or ``*.zarr``.
+    metadata
+        What the cells should be.
+    model, device, force, progress
+        As in :func:`annotate_file`.
+    genes_from
+        File whose genes are the only ones that may be written.
+    n, **options
+        As in :func:`scmulan.tl.generate`.
+
+    Returns
+    -------
+    dict
+        Account in plain types: ``output``, ``cells``, ``genes``, ``model``, ``prompt``, ``words_per_cell`` (mean and
+        standard deviation), ``complete`` (cells that ended by themselves), ``parameters``, ``seconds``.
+    """
+    check_outputs(genes_from, {out: CELLS}, force)
+    loaded = load(model, device=device)
+    genes = None if genes_from is None else gene_names(genes_from, loaded)
+    with progress(n) as done, _Clock() as clock:
+        cells = generate(loaded, metadata, n=n, genes=genes, progress=done, **options)
+    write_h5ad(cells, out)
+    words = cells.obs["words"].to_numpy()
+    told = cells.uns["scmulan"]
+    return {
+        "output": str(out),
+        "cells": cells.n_obs,
+        "genes": cells.n_vars,
+        "model": told["model"],
+        "weights_hash": told["weights_hash"],
+        "prompt": told["prompt"],
+        "words_per_cell": {"mean": round(float(words.mean()), 2), "sd": round(float(words.std()), 2)},
+        "complete": int(cells.obs["complete"].sum()),
+        "parameters": told["parameters"]["generate"],
+        "seconds": clock.seconds,
+    }
+
+
+def gene_names(source: str | os.PathLike[str], model: LoadedModel) -> list[str]:
+    """Names of the genes that a file measured, from wherever in its ``var`` most of them are genes of the model."""
+    with _cells(source) as adata:
+        return choose_names(choose_matrix(adata).var, model.vocabulary.genes)[0]
+
+
+def check_outputs(source: str | os.PathLike[str] | None, outputs: Mapping[Any, tuple[str, ...]], force: bool) -> None:
+    """Make sure, before any work, that all outputs can be written and none is the input.
+
+    Parameters
+    ----------
+    source
+        The input, if there is one.
+    outputs
+        Expected ends of the name of each output.
+    force
+        Whether outputs that exist may be replaced; never the input.
+
+    Raises
+    ------
+    OutputError
+        Naming the first output that cannot be written.
+    """
+    for path, suffixes in outputs.items():
+        if source is not None and os.path.realpath(path) == os.path.realpath(source):
+            raise OutputError(f"{path}: is the input too; give another path for the output")
+        check_output(path, force, suffixes=suffixes)
+
+
+@contextmanager
+def _cells(source: str | os.PathLike[str]) -> Iterator[ad.AnnData]:
+    adata = open_input(source, backed=True)
+    try:
+        yield adata
+    finally:
+        if adata.isbacked:
+            adata.file.close()
+
+
+class _Clock:
+    """Seconds that a block took."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> "_Clock":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = round(time.perf_counter() - self._start, 3)
+
+
+def _account(source: Any, out: Any, model: LoadedModel, uns: Mapping[str, Any], clock: _Clock) -> dict[str, Any]:
+    """Tell what both verbs have to tell."""
+    told = {name: uns[name] for name in ("cells", "model", "weights_hash", "words_per_cell", "matrix", "genes")}
+    return {
+        "input": str(source),
+        "output": str(out),
+        **told,
+        "summary": uns["summary"],
+        "device": str(model.network.word.weight.device),
+        "parameters": uns["parameters"],
+        "seconds": clock.seconds,
+        "cells_per_second": round(uns["cells"] / clock.seconds, 1) if clock.seconds else None,
+    }
+
+
+def _counts(types: pd.Series) -> dict[str, int]:
+    return {str(name): int(count) for name, count in types.value_counts().items() if count}

@@ -1,0 +1,143 @@
+"""Logistic regression: its input, its settings, and that it names cells."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from scmulan.errors import InputError
+from scmulan.evaluation.baselines import (
+    LogisticBaseline,
+    LogisticConfig,
+    coarse_labels,
+    read_training_file,
+    shared_genes,
+)
+from scmulan.evaluation.cells import read_genes
+from scmulan.evaluation.tuning import tune
+
+
+@pytest.fixture(scope="module")
+def files(cells):
+    return [read_training_file(cells[name], "label") for name in ("one", "two")]
+
+
+def anndata(counts, genes):
+    return ad.AnnData(sp.csr_matrix(np.array(counts, dtype=np.float32)), var=pd.DataFrame(index=pd.Index(genes)))
+
+
+def test_genes_are_read_under_their_approved_symbols_and_summed():
+    # MARCH1 is MARCHF1 now, ENSG00000010610 is CD4, and two columns of a gene are one.
+    counts = [[1, 2, 3, 4], [0, 0, 5, 0]] + [[1, 0, 0, 0]] * 3
+    genes = ["MARCH1", "ENSG00000010610", "CD4", "no-gene-at-all"]
+    extra = [f"{g}" for g in ("CD3E", "MS4A1", "LYZ", "NKG7", "GNLY", "CD8A", "CD8B", "CD14", "FCGR3A", "PPBP", "CST3")]
+    more = ["IL7R", "CCR7", "S100A4", "CD79A", "CD79B", "FCER1A", "IL32", "LTB", "AIF1", "FCN1"]
+    wide = np.hstack([np.array(counts), np.zeros((5, len(extra) + len(more)))])
+    found = read_genes(anndata(wide, [*genes, *extra, *more]), "x")
+    place = {gene: i for i, gene in enumerate(found.genes)}
+    assert found.amounts[0, place["CD4"]] == 5 and found.amounts[0, place["MARCHF1"]] == 1
+    assert "no-gene-at-all" not in place
+    assert found.total.tolist() == [10, 5, 1, 1, 1]  # its counts belong to the library all the same
+    x = found.log1p(["CD4", "MARCHF1", "TP53"])
+    assert x[0].toarray()[0] == pytest.approx([np.log1p(5000), np.log1p(1000), 0])
+    x = found.log1p(["CD4", "MARCHF1", "TP53"], total="shared")
+    assert x[0].toarray()[0] == pytest.approx([np.log1p(1e4 * 5 / 6), np.log1p(1e4 / 6), 0])
+
+
+def test_counts_and_log1p_values_are_the_same_cells(cells):
+    adata = ad.read_h5ad(cells["one"])
+    logged = adata.copy()
+    x = logged.X.astype(np.float64)
+    logged.X = sp.csr_matrix(x.multiply(1e4 / x.sum(1)).log1p().astype(np.float32))
+    one, two = read_genes(adata, "counts"), read_genes(logged, "logs")
+    genes = one.genes[:50]
+    assert two.log1p(genes).toarray() == pytest.approx(one.log1p(genes).toarray(), abs=1e-3)
+
+
+def test_training_cells_are_the_labelled_ones(cells):
+    file = read_training_file(cells["tested"], "label")
+    assert len(file.labels) == 157 and file.cells.amounts.shape[0] == 157
+    assert set(file.labels) == {"B cell", "CD14-positive monocyte", "natural killer cell", "platelet"}
+    assert file.study == "study 3"
+
+
+def test_a_file_without_labels_is_refused(cells, tmp_path):
+    adata = ad.read_h5ad(cells["one"])
+    adata.obs["label"] = ""
+    adata.write_h5ad(tmp_path / "empty.h5ad")
+    with pytest.raises(InputError, match="no labelled cell in column 'label'"):
+        read_training_file(tmp_path / "empty.h5ad", "label")
+
+
+def test_genes_are_those_that_enough_files_share(files):
+    config = LogisticConfig(genes=10_000)
+    both = shared_genes(files, files[0].cells.genes, LogisticConfig(presence=1.0, genes=10_000))
+    any_of = shared_genes(files, files[0].cells.genes, config)
+    varying = set(files[0].variable) | set(files[1].variable)
+    assert set(both) == set(files[1].cells.genes) & set(files[0].cells.genes) & varying
+    assert set(both) < set(any_of)
+    assert len(shared_genes(files, files[0].cells.genes, LogisticConfig(genes=25))) == 25
+    with pytest.raises(InputError, match="no gene is shared"):
+        shared_genes(files, ["TP53"], config)
+
+
+@pytest.mark.parametrize("scaling", ["none", "sd", "max"])
+def test_it_names_cells_of_another_study(files, cells, scaling):
+    tested = read_training_file(cells["tested"], "label")
+    baseline = LogisticBaseline(files, tested.cells.genes, LogisticConfig(scaling=scaling))
+    assert set(baseline.genes) <= set(tested.cells.genes)
+    predicted, probability = baseline.predict(tested.cells)
+    known = tested.labels != "platelet"
+    assert (predicted[known] == tested.labels[known]).mean() > 0.95
+    assert ((probability >= 0) & (probability <= 1)).all()
+
+
+def test_coarse_labels_are_those_with_kinds():
+    labels = np.array(["T cell", "CD4-positive, alpha-beta T cell", "B cell", "lymphocyte"], dtype=object)
+    assert coarse_labels(labels) == {"T cell", "lymphocyte"}
+
+
+@pytest.mark.parametrize("coarse", ["mask", "drop"])
+def test_coarse_labels_are_not_given(files, cells, coarse):
+    labels = files[0].labels.copy()
+    labels[labels == "CD14-positive monocyte"] = "monocyte"
+    coarser = type(files[0])(name="c", study="c", cells=files[0].cells, labels=labels, variable=files[0].variable)
+    tested = read_training_file(cells["tested"], "label")
+    keep = LogisticBaseline([coarser, files[1]], tested.cells.genes, LogisticConfig())
+    assert "monocyte" in keep.types and "monocyte" in set(keep.predict(tested.cells)[0])
+    other = LogisticBaseline([coarser, files[1]], tested.cells.genes, LogisticConfig(coarse=coarse))
+    assert "monocyte" not in other.types and "monocyte" not in set(other.predict(tested.cells)[0])
+    assert other.cells == (len(labels) + len(files[1].labels) - (coarse == "drop") * (labels == "monocyte").sum())
+
+
+def test_probability_counts_the_kinds_of_a_type(files):
+    labels = files[0].labels.copy()
+    labels[:40] = np.where(labels[:40] == "CD14-positive monocyte", "monocyte", labels[:40])
+    file = type(files[0])(name="c", study="c", cells=files[0].cells, labels=labels, variable=files[0].variable)
+    baseline = LogisticBaseline([file], file.cells.genes, LogisticConfig(C=0.01))
+    predicted, probability = baseline.predict(file.cells)
+    x = file.cells.log1p(baseline.genes).toarray() / baseline.scale
+    alone = baseline.regression.predict_proba(x)
+    classes = list(baseline.regression.classes_)
+    for i in np.flatnonzero(predicted == "CD14-positive monocyte")[:3]:
+        assert probability[i] == pytest.approx(alone[i, classes.index("CD14-positive monocyte")])
+    for i in np.flatnonzero(predicted == "monocyte")[:3]:
+        both = [classes.index("monocyte"), classes.index("CD14-positive monocyte")]
+        assert probability[i] == pytest.approx(alone[i, both].sum())
+
+
+def test_settings_are_chosen_on_studies_left_out(files):
+    found = tune(files, seed=0, cells=15)
+    assert sorted(found.left_out) == ["study 1", "study 2"]
+    assert found.score == max(entry["score"] for entry in found.tried) > 0.9
+    best = {k: v for k, v in found.tried[0].items() if k != "score"}
+    assert set(best) == set(LogisticConfig.__dataclass_fields__)
+    assert len(found.tried) > 12
+    again = tune(files, seed=0, cells=15)
+    assert again.config == found.config and again.tried == found.tried
+
+
+def test_one_study_alone_cannot_be_left_out(files):
+    found = tune(files[:1])
+    assert found.config == LogisticConfig() and found.score is None and not found.left_out
