@@ -60,7 +60,12 @@ def make_parent(folder, objective="next_word", seed=0):
         set_state=own, value_spread=own, word_bias=own, bounded_genes=own,
     )  # fmt: skip
     card = {"name": "tiny", "objective": objective} if own else {"name": "old"}
-    return save_model(folder, Mulan(config).initialise(seed), vocabulary, card)
+    network = Mulan(config).initialise(seed)
+    if not own:  # without a set state, what a cell says is seen only where attention is sharp
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter *= 8.0 if parameter.dim() > 1 else 1.0
+    return save_model(folder, network, vocabulary, card)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +142,7 @@ def test_the_card_says_what_it_was_made_from(tuned, parent):
     assert lines[0] == (
         "4 cell types, 3 of them new to the model; 182 cells to learn from, 18 held out; at most 60 steps"
     )
-    assert lines[1].startswith("before training: accuracy 0.") and "(best so far)" in "".join(lines[2:])
+    assert lines[1].startswith("before training: accuracy ") and lines[2].startswith("step 10: accuracy ")
 
 
 def test_the_cells_given_stay_as_they_are(parent, cells, tmp_path):
@@ -149,7 +154,7 @@ def test_the_cells_given_stay_as_they_are(parent, cells, tmp_path):
 
 def test_a_model_of_the_published_objective_is_tuned_with_it(cells, tmp_path):
     parent = make_parent(tmp_path / "old", "published")
-    report = finetune(parent, cells, "type", tmp_path / "m", steps=60)
+    report = finetune(parent, cells, "type", tmp_path / "m", steps=200)
     model = scmulan.load(tmp_path / "m")
     assert model.card["objective"] == "published" and model.card["recipe"]["objective"]["value_weight"] == 200.0
     fresh = some_cells(60, seed=1)
@@ -247,7 +252,8 @@ def test_a_grown_network_keeps_its_old_words(parent):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         logits = grown.entity_logits(after)[..., : len(model.vocabulary)]
         torch.testing.assert_close(logits, model.network.entity_logits(before), rtol=1e-5, atol=1e-6)
-    tables = {n for n, w in grown.state_dict().items() if w.shape[0] == len(new)}
+    before = model.network.state_dict()
+    tables = {n for n, w in grown.state_dict().items() if w.shape != before[n].shape}
     assert tables == {
         "word.weight", "set_state.word.weight", "entity_head.weight", "value_head.weight",
         "entity_bias", "log_scale", "value_bias",
@@ -288,11 +294,11 @@ def test_fitted_rows_name_cells_and_nothing_else_moves(tmp_path, cells, objectiv
     plain = score_of(network, store, vocabulary)
     fit_type_rows(network, store, vocabulary, objective, seed=0)
     assert score_of(network, store, vocabulary) > max(0.6, plain + 0.2)
-    rows = sorted(vocabulary.id(Family.FINE, name) for name in KINDS)
+    rows = [*vocabulary.ids(Family.COARSE), *vocabulary.ids(Family.FINE)]
     for name, weight in network.state_dict().items():
         if name in ("entity_head.weight", "entity_bias"):
             moved = (weight != before[name]).reshape(len(vocabulary), -1).any(1).nonzero()[:, 0].tolist()
-            assert moved == rows
+            assert moved == sorted(rows)
         else:
             assert torch.equal(weight, before[name]), name
 

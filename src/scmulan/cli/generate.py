@@ -25,8 +25,8 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same cells.")] = 0,
     temperature: Annotated[float, typer.Option(help="Below 1 the likely genes are preferred.")] = 1.0,
     rule: Annotated[
-        Literal["default", "release"],
-        typer.Option(help="default: what fits the model; release: as the published release samples."),
+        Literal["default", "exact", "release"],
+        typer.Option(help="default: what suits the model; exact: word by word; release: as the published release."),
     ] = "default",
     values: Annotated[Literal["sample", "mean"], typer.Option(help="Draw each value, or take its mean.")] = "sample",
     genes_from: Annotated[

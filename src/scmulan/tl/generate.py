@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 import scmulan
 from scmulan.errors import ScmulanError
+from scmulan.inference.blocks import write_in_blocks
 from scmulan.inference.engine import GenerateConfig, Progress, write_cells
 from scmulan.inference.sampling import Rule
 from scmulan.language.expression import debin
@@ -19,6 +20,10 @@ from scmulan.language.tasks import GENERATE
 from scmulan.language.vocabulary import Family, family_of_field
 from scmulan.model.checkpoint import LoadedModel
 
+GenerateRule = Literal["default", "exact", "release"]
+# More blocks let genes depend on more of each other, and take longer.
+BLOCKS = 8
+
 
 def generate(
     model: LoadedModel,
@@ -27,7 +32,7 @@ def generate(
     n: int = 100,
     seed: int = 0,
     temperature: float = 1.0,
-    rule: Literal["default", "release"] = "default",
+    rule: GenerateRule = "default",
     values: Literal["sample", "mean"] = "sample",
     genes: Sequence[str] | None = None,
     max_words: int = 1_550,
@@ -49,7 +54,10 @@ def generate(
     temperature
         Below 1 the likely genes are preferred.
     rule
-        ``"default"``: the rule that fits the model's objective, see :mod:`scmulan.inference.sampling`.
+        ``"default"``: what suits the model: in blocks with the number of genes of its training cells
+        (:mod:`scmulan.inference.blocks`) where its card says how, else as ``"exact"``.
+        ``"exact"``: word by word from the model's likelihood; of a published model, by its chances
+        (:mod:`scmulan.inference.sampling`).
         ``"release"``: softmax over the logits, values at their mean, as the published release samples.
     values
         ``"sample"`` draws each value from its distribution where the model has one, ``"mean"`` takes its mean.
@@ -82,13 +90,20 @@ def generate(
         match = match_genes(list(genes), vocabulary.genes, source="`genes`", warn_below=0.0)
         allowed = np.zeros(len(vocabulary), dtype=bool)
         allowed[vocabulary.ids(Family.GENE)[match.columns[match.columns >= 0]]] = True
-    config = GenerateConfig(
-        rule=_rule(model, rule),
-        temperature=temperature,
-        sample_values=values == "sample" and rule == "default",
-        max_words=max_words,
-    )
-    sentences = write_cells(model, prompt, n, config=config, seed=seed, genes=allowed, progress=progress)
+    shared: dict[str, Any] = {"seed": seed, "genes": allowed, "progress": progress}
+    how: dict[str, Any] = {
+        "temperature": temperature,
+        "sample_values": values == "sample" and rule != "release",
+        "max_words": max_words,
+    }
+    depth = model.card.get("depth")
+    if rule == "default" and depth is not None:
+        factor = _depth_factor(depth, metadata, [vocabulary.words[i] for i in prompt])
+        spread = float(depth["spread"])
+        sentences = write_in_blocks(model, prompt, n, blocks=BLOCKS, factor=factor, spread=spread, **how, **shared)
+    else:
+        config = GenerateConfig(rule=_rule(model, rule), **how)
+        sentences = write_cells(model, prompt, n, config=config, **shared)
     cells = decode(sentences, vocabulary)
     covered = float(model.card.get("covered", 1.0))
     shape = (n, len(vocabulary.genes))
@@ -103,9 +118,14 @@ def generate(
     obs["complete"] = cells.complete
     out = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pd.Index(vocabulary.genes)), layers={"level": level})
     parameters = {
-        "n": n, "seed": seed, "temperature": temperature, "rule": rule, "values": values, "max_words": max_words,
-        "panel": "all genes" if genes is None else f"{int(allowed.sum())} genes" if allowed is not None else "",
-    }  # fmt: skip
+        "n": n,
+        "seed": seed,
+        "temperature": temperature,
+        "rule": rule,
+        "values": values,
+        "max_words": max_words,
+        "panel": "all genes" if allowed is None else f"{int(allowed.sum())} genes",
+    }
     out.uns["scmulan"] = {
         "version": scmulan.__version__,
         "model": str(model.card.get("name", model.folder.name)),
@@ -115,6 +135,14 @@ def generate(
         "parameters": {"generate": parameters},
     }
     return out
+
+
+def _depth_factor(depth: Mapping[str, Any], metadata: Mapping[str, str], words: Sequence[str]) -> float:
+    """Factor on the expected number of genes, from what the card says of the prompt's words."""
+    families = (str(family_of_field(field)) for field in metadata)
+    return float(
+        np.exp(depth["base"] + sum(depth["words"][f].get(w, 0.0) for f, w in zip(families, words, strict=False)))
+    )
 
 
 def _rule(model: LoadedModel, rule: str) -> Rule:

@@ -22,6 +22,7 @@ from scmulan.model.folder import HASHES, sha256
 from scmulan.outputs import check_output
 from scmulan.training.batches import BatchConfig, Batches
 from scmulan.training.best import Best, EnoughError, score
+from scmulan.training.depth import measure_depth
 from scmulan.training.grow import grow
 from scmulan.training.labels import hold_out, label_relations_among, read_column, read_words
 from scmulan.training.loop import Trainer, read_log
@@ -148,7 +149,6 @@ def finetune(
     settings = {
         "parent": parent.weights_hash,
         "cells": _digest(store),
-        "held_out": hashlib.sha256(held.tobytes()).hexdigest(),
         "labels": labels,
         "method": method,
         "ontology": ontology,
@@ -157,6 +157,7 @@ def finetune(
         "batches": asdict(batches),
         "objective": asdict(objective),
         "optimizer": asdict(optimizer),
+        "held_out": hashlib.sha256(held.tobytes()).hexdigest(),
     }
     folder = RunFolder(out.absolute().with_name(f".{out.name}.run"))
     folder.claim(settings)
@@ -212,6 +213,7 @@ def finetune(
         "new_words": report["new_words"],
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
         "covered": store.covered(),
+        "depth": measure_depth(network.eval(), store, vocabulary),
         "steps": trainer.step,
         "best_step": report["best_step"],
         "words_read": trainer.words,

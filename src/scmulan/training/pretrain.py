@@ -14,6 +14,7 @@ from scmulan.language.vocabulary import METADATA, Family, Vocabulary
 from scmulan.model.checkpoint import save_model
 from scmulan.model.transformer import Mulan, MulanConfig
 from scmulan.training.batches import Batches
+from scmulan.training.depth import measure_depth
 from scmulan.training.loop import Trainer, read_log
 from scmulan.training.recipe import Recipe, read_recipe
 from scmulan.training.start import start_from_cells
@@ -147,6 +148,7 @@ def training_card(
         "cell_types": counts,
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
         "covered": store.covered(),
+        "depth": measure_depth(trainer.model.eval(), store, vocabulary),
         "steps": trainer.step,
         "words_read": trainer.words,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

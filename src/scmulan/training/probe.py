@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from scmulan.corpus.adata import take
 from scmulan.corpus.memory import CellStore
-from scmulan.language.tasks import ANNOTATE
 from scmulan.language.vocabulary import METADATA, Family, Vocabulary
 from scmulan.model.transformer import Mulan
 from scmulan.training.objective import Objective
@@ -22,7 +21,10 @@ ITERATIONS = 60
 
 
 def fit_type_rows(network: Mulan, store: CellStore, vocabulary: Vocabulary, objective: Objective, seed: int) -> None:
-    """Fit the entity head's rows of the cell types that labelled cells have, in place; all else stays.
+    """Fit the entity head's rows of all cell types to labelled cells, in place; all else stays.
+
+    Types that no cell has are fitted too: where words are judged one by one, as in the publication, they would
+    otherwise keep whatever weight they had.
 
     Parameters
     ----------
@@ -40,23 +42,20 @@ def fit_type_rows(network: Mulan, store: CellStore, vocabulary: Vocabulary, obje
     types = store.metadata[:, [METADATA.index(f) for f in (Family.COARSE, Family.FINE)]]
     cells = np.flatnonzero((types[:, 1] >= 0) & (np.diff(store.matrix.indptr) > 0))
     cells = np.sort(np.random.default_rng([seed, 2]).permutation(cells)[:MOST])
-    words, place = np.unique(types[cells], return_inverse=True)
-    target = torch.zeros(len(cells), len(words))
-    target[torch.arange(len(cells))[:, None], torch.from_numpy(place.reshape(-1, 2))] = 1.0
-    words, target = words[words >= 0], target[:, torch.from_numpy(words >= 0)]
-    ids = torch.from_numpy(words.astype(np.int64))
+    ids = torch.from_numpy(np.union1d(vocabulary.ids(Family.COARSE), vocabulary.ids(Family.FINE)))
+    own = torch.from_numpy(types[cells].astype(np.int64))
+    target = (own[:, :, None] == ids).any(1).float()
     _, group, number = np.unique(types[cells, 1], return_inverse=True, return_counts=True)
     weight = torch.from_numpy(number[group] ** -0.5).float()
     weight /= weight.sum()
 
-    others_sayable = torch.from_numpy(ANNOTATE.sayable(vocabulary)).index_fill(0, ids, False)
     hidden = torch.empty(len(cells), network.config.width)
-    others = torch.empty(len(cells))
+    end = torch.empty(len(cells))  # the only other word that an answer can hold
     network.eval()
     with torch.no_grad():
         for rows, states in last_states(network, take(store, cells), vocabulary):
             hidden[rows] = states
-            others[rows] = network.entity_logits(states)[:, others_sayable].logsumexp(1)
+            end[rows] = network.entity_logits(states)[:, vocabulary.end]
     network.train()
     start = network.entity_head.weight.detach()[ids]
     before = torch.zeros(len(ids)) if network.entity_bias is None else network.entity_bias.detach()[ids]
@@ -74,7 +73,7 @@ def fit_type_rows(network: Mulan, store: CellStore, vocabulary: Vocabulary, obje
         if objective == "published":
             each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
         else:
-            each = torch.logaddexp(others, logits.logsumexp(1)) - (logits * target).sum(1) / target.sum(1)
+            each = torch.logaddexp(end, logits.logsumexp(1)) - (logits * target).sum(1) / target.sum(1)
         moved = (fitted - start).square().sum() + (bias - before).square().sum()
         total = (each * weight).sum() + PULL * moved
         total.backward()

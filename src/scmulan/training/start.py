@@ -38,10 +38,10 @@ def start_from_cells(model: Mulan, store: CellStore, vocabulary: Vocabulary, see
     bias = _log_odds(
         np.asarray(seen.sum(0)).ravel(), (np.bincount(store.study, minlength=len(store.studies)) @ store.measured)
     )
-    kinds = _kinds(store)
-    odds = np.stack([_log_odds(np.asarray(seen[cells].sum(0)).ravel(), len(cells)) for cells in kinds]) - bias
-    odds[~store.measured[[store.study[cells[0]] for cells in kinds]]] = 0.0
-    weight = np.array([len(cells) for cells in kinds], dtype=float) ** 0.25
+    groups = kinds(store)
+    odds = np.stack([_log_odds(np.asarray(seen[cells].sum(0)).ravel(), len(cells)) for cells in groups]) - bias
+    odds[~store.measured[[store.study[cells[0]] for cells in groups]]] = 0.0
+    weight = np.array([len(cells) for cells in groups], dtype=float) ** 0.25
     odds = np.clip(odds, -CLIP, CLIP)
     u, size, axes = np.linalg.svd(odds * weight[:, None], full_matrices=False)
     rank, width = min(len(size), model.config.width), model.config.width
@@ -53,7 +53,7 @@ def start_from_cells(model: Mulan, store: CellStore, vocabulary: Vocabulary, see
     share = 1 / (1 + np.exp(-bias))
     apart = vectors - (share @ vectors) / share.sum()
     # Words are added up in a prompt, so together, not each alone, they should stand where their kind does.
-    has = np.stack([_share_of_words(store, cells, len(vocabulary)) for cells in kinds])
+    has = np.stack([_share_of_words(store, cells, len(vocabulary)) for cells in groups])
     words = np.flatnonzero(has.any(0))
     told = has[:, words] * weight[:, None]
     together = np.linalg.solve(told.T @ told + RIDGE * np.eye(len(words)), told.T @ (place * weight[:, None]))
@@ -81,7 +81,7 @@ def _share_of_words(store: CellStore, cells: np.ndarray, words: int) -> np.ndarr
     return np.bincount(metadata[metadata >= 0], minlength=words) / len(cells)
 
 
-def _kinds(store: CellStore) -> list[np.ndarray]:
+def kinds(store: CellStore) -> list[np.ndarray]:
     """Cells of each fine type of each study; the rest of a study is one more kind."""
     label = store.words(Family.FINE)
     out = []
