@@ -1,5 +1,7 @@
 """Logistic regression: its input, its settings, and that it names cells."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -98,33 +100,60 @@ def test_coarse_labels_are_those_with_kinds():
     assert coarse_labels(labels) == {"T cell", "lymphocyte"}
 
 
-@pytest.mark.parametrize("coarse", ["mask", "drop"])
-def test_coarse_labels_are_not_given(files, cells, coarse):
+@pytest.fixture(scope="module")
+def coarser(files):
+    """The first file with a coarse label for half of its monocytes and all its NK cells."""
     labels = files[0].labels.copy()
-    labels[labels == "CD14-positive monocyte"] = "monocyte"
-    coarser = type(files[0])(name="c", study="c", cells=files[0].cells, labels=labels, variable=files[0].variable)
-    tested = read_training_file(cells["tested"], "label")
-    keep = LogisticBaseline([coarser, files[1]], tested.cells.genes, LogisticConfig())
-    assert "monocyte" in keep.types and "monocyte" in set(keep.predict(tested.cells)[0])
-    other = LogisticBaseline([coarser, files[1]], tested.cells.genes, LogisticConfig(coarse=coarse))
-    assert "monocyte" not in other.types and "monocyte" not in set(other.predict(tested.cells)[0])
-    assert other.cells == (len(labels) + len(files[1].labels) - (coarse == "drop") * (labels == "monocyte").sum())
+    labels[::2] = np.where(labels[::2] == "CD14-positive monocyte", "monocyte", labels[::2])
+    labels[labels == "natural killer cell"] = "lymphocyte"
+    return replace(files[0], labels=labels)
 
 
-def test_probability_counts_the_kinds_of_a_type(files):
+def predictions(files, cells, coarse, C=1.0):
+    baseline = LogisticBaseline(files, cells.genes, LogisticConfig(coarse=coarse, C=C))
+    predicted, probability = baseline.predict(cells)
+    x = cells.log1p(baseline.genes).toarray() / baseline.scale
+    alone = pd.DataFrame(baseline.regression.predict_proba(x), columns=baseline.regression.classes_)
+    return baseline, predicted, probability, alone
+
+
+def test_coarse_labels_are_kept(coarser):
+    baseline, predicted, probability, alone = predictions([coarser], coarser.cells, "keep")
+    assert set(baseline.types) == {"B cell", "CD14-positive monocyte", "lymphocyte", "monocyte"}
+    assert predicted.tolist() == alone.idxmax(axis=1).tolist() and "monocyte" in predicted
+    for i in np.flatnonzero(predicted == "monocyte")[:5]:  # counts the kinds of it
+        assert probability[i] == pytest.approx(alone.loc[i, ["monocyte", "CD14-positive monocyte"]].sum())
+    for i in np.flatnonzero(predicted == "CD14-positive monocyte")[:5]:
+        assert probability[i] == pytest.approx(alone.loc[i, "CD14-positive monocyte"])
+
+
+def test_coarse_labels_give_way_to_their_likeliest_kind(coarser):
+    baseline, predicted, probability, alone = predictions([coarser], coarser.cells, "descend", C=0.001)
+    assert set(baseline.types) == {"B cell", "CD14-positive monocyte"}  # a B cell is a lymphocyte
+    plain = alone.idxmax(axis=1)
+    kinds = {"monocyte": "CD14-positive monocyte", "lymphocyte": "B cell"}
+    assert predicted.tolist() == [kinds.get(p, p) for p in plain]
+    for i in np.flatnonzero(plain == "lymphocyte")[:5]:
+        assert probability[i] == pytest.approx(alone.loc[i, ["lymphocyte", "B cell"]].sum())
+
+
+def test_of_several_kinds_the_likeliest_is_taken(files):
     labels = files[0].labels.copy()
-    labels[:40] = np.where(labels[:40] == "CD14-positive monocyte", "monocyte", labels[:40])
-    file = type(files[0])(name="c", study="c", cells=files[0].cells, labels=labels, variable=files[0].variable)
-    baseline = LogisticBaseline([file], file.cells.genes, LogisticConfig(C=0.01))
-    predicted, probability = baseline.predict(file.cells)
-    x = file.cells.log1p(baseline.genes).toarray() / baseline.scale
-    alone = baseline.regression.predict_proba(x)
-    classes = list(baseline.regression.classes_)
-    for i in np.flatnonzero(predicted == "CD14-positive monocyte")[:3]:
-        assert probability[i] == pytest.approx(alone[i, classes.index("CD14-positive monocyte")])
-    for i in np.flatnonzero(predicted == "monocyte")[:3]:
-        both = [classes.index("monocyte"), classes.index("CD14-positive monocyte")]
-        assert probability[i] == pytest.approx(alone[i, both].sum())
+    labels[::3] = "leukocyte"
+    mixed = replace(files[0], labels=labels)
+    _, predicted, probability, alone = predictions([mixed], mixed.cells, "descend", C=0.001)
+    kinds = ["B cell", "CD14-positive monocyte", "natural killer cell"]
+    rows = np.flatnonzero(alone.idxmax(axis=1) == "leukocyte")
+    assert len(rows) > 5
+    for i in rows:
+        assert predicted[i] == alone.loc[i, kinds].idxmax()
+        assert probability[i] == pytest.approx(alone.loc[i, kinds].max() / alone.loc[i, kinds].sum())
+
+
+def test_cells_with_coarse_labels_are_dropped(coarser):
+    baseline, predicted, _, _ = predictions([coarser], coarser.cells, "drop")
+    assert set(baseline.types) == set(predicted) == {"B cell", "CD14-positive monocyte"}
+    assert baseline.cells == np.isin(coarser.labels, baseline.types).sum()
 
 
 def test_settings_are_chosen_on_studies_left_out(files):

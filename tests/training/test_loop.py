@@ -171,7 +171,7 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
     assert rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_only_matrices_decay(network):

@@ -32,8 +32,9 @@ class LogisticConfig:
     """What is scaled to 10,000 per cell: all genes of a file or the shared ones."""
     presence: float = 0.0
     """Smallest share of the training files that must have measured a gene."""
-    coarse: Literal["keep", "mask", "drop"] = "keep"
-    """Labels of which training has finer ones: kept; never given as an answer; or their cells left out."""
+    coarse: Literal["keep", "descend", "drop"] = "descend"
+    """Labels of which training has finer ones: given as they are; replaced by the likeliest of the finer ones (still
+    right where the coarse label was); or their cells left out of training."""
     balanced: bool = False
     """Whether all types weigh the same, however many cells they have."""
     genes: int = 3000
@@ -117,9 +118,8 @@ class LogisticBaseline:
         self.genes = shared_genes(files, measured, config)
         labels = np.concatenate([file.labels for file in files])
         x = np.concatenate([file.cells.log1p(self.genes, config.total).toarray() for file in files])
-        self.refused = coarse_labels(labels) if config.coarse != "keep" else set()
         if config.coarse == "drop":
-            inside = ~np.isin(labels, list(self.refused))
+            inside = ~np.isin(labels, list(coarse_labels(labels)))
             x, labels = x[inside], labels[inside]
         self.cells = len(labels)
         self.scale = _scale(x, config.scaling)
@@ -133,7 +133,8 @@ class LogisticBaseline:
     @property
     def types(self) -> list[str]:
         """Types that it can name."""
-        return [str(c) for c in self.regression.classes_ if self.config.coarse != "mask" or c not in self.refused]
+        classes = [str(c) for c in self.regression.classes_]
+        return classes if self.config.coarse != "descend" else sorted(set(classes) - coarse_labels(np.array(classes)))
 
     def predict(self, cells: GeneCells) -> tuple[np.ndarray, np.ndarray]:
         """Name cells.
@@ -141,15 +142,22 @@ class LogisticBaseline:
         Returns
         -------
         tuple of numpy.ndarray
-            Type of each cell, and its probability together with that of the kinds of it.
+            Type of each cell, and its probability together with that of the kinds of it. A type that was descended to
+            has that of the coarse one, times its share among the finer ones.
         """
         x = cells.log1p(self.genes, self.config.total).toarray() / self.scale
         classes = [str(c) for c in self.regression.classes_]
         probability = self.regression.predict_proba(x)
-        allowed = np.isin(classes, self.types)
-        best = np.where(allowed, probability, -1.0).argmax(1)
         supports = Ontology.load().label_matrix(classes)
+        best = probability.argmax(1)
         together = np.take_along_axis(probability @ supports.T, best[:, None], 1)[:, 0]
+        if self.config.coarse == "descend":
+            leaf = supports.sum(1) == 1
+            for i in np.flatnonzero(~leaf):
+                rows, kinds = np.flatnonzero(best == i), np.flatnonzero(supports[i] & leaf)
+                among = probability[np.ix_(rows, kinds)]
+                best[rows] = kinds[among.argmax(1)]
+                together[rows] *= among.max(1) / np.maximum(among.sum(1), 1e-12)
         return np.array(classes, dtype=object)[best], together.clip(0, 1)
 
 

@@ -93,7 +93,7 @@ def tune(
 
 def _steps() -> Iterator[Callable[[LogisticConfig], list[LogisticConfig]]]:
     """One kind of setting after the other, each from the best so far."""
-    yield lambda best: [replace(best, coarse=c) for c in ("mask", "drop")]
+    yield lambda best: [replace(best, coarse=c) for c in ("keep", "drop")]
     yield lambda best: [replace(best, C=c, scaling=s) for s in ("none", "sd", "max") for c in (0.01, 0.1, 1.0, 10.0)]
     yield lambda best: [replace(best, total="shared")]
     yield lambda best: [replace(best, presence=p) for p in (0.25, 0.5)]

@@ -1,0 +1,65 @@
+"""The model that ships: whole, small, honest about what it was trained on, and useful."""
+
+import json
+
+import pytest
+import scanpy
+
+import scmulan
+from scmulan.evaluation.annotation import evaluate_annotation
+from scmulan.files import write_h5ad
+from scmulan.model.checkpoint import resolve_model, verify_hashes
+
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return scmulan.load("mini", device="cpu")
+
+
+def test_it_is_whole_and_small():
+    folder = resolve_model("mini")
+    verify_hashes(folder)
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 10 * 2**20
+
+
+def test_its_card_names_its_training_cells_and_recipe(mini, root):
+    files = {entry["file"] for entry in mini.card["data"]}
+    assert len(files) == 20 and not files & {"10x_pbmc_3tech.h5ad", "komen_gtex_breast.h5ad"}
+    assert all(len(entry["sha256"]) == 64 for entry in mini.card["data"])
+    recipe = json.loads((root / "recipes" / "mini" / "recipe.json").read_text())
+    assert {k: v for k, v in recipe.items() if k not in ("data", "validation")} == mini.card["recipe"]
+    last = json.loads((root / "recipes" / "mini" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["validation"] == mini.card["validation"]
+
+
+def test_it_names_the_lineage_of_blood_cells_that_nobody_trained_on(mini, tmp_path):
+    cells = scanpy.datasets.pbmc68k_reduced()
+    cells.uns.clear()
+    write_h5ad(cells, tmp_path / "pbmc.h5ad")
+    scored = evaluate_annotation(
+        mini, [tmp_path / "pbmc.h5ad"], labels="bulk_labels", mapping="pbmc68k_lineages", lineages=True
+    ).to_json()
+    groups = scored["results"]["scmulan"]["pbmc"]["groups"]
+    assert groups["accuracy"] >= 0.85  # 0.870 when it was made; progenitors are not among its types
+
+
+def test_written_cells_have_the_genes_and_the_number_of_genes_of_real_ones(mini, shared):
+    import anndata as ad
+
+    real = ad.read_h5ad(shared / "data" / "train" / "10x_pbmc4k.h5ad")
+    real = real[real.obs["label"] == "B cell"].copy()
+    scmulan.tl.annotate(real, mini)
+    asked = {"organ": "Blood", "status": "Healthy", "technology": "10x 3' v2", "cell_type": "B cell"}
+    made = scmulan.tl.generate(mini, asked, n=100, seed=0, genes=list(real.var_names))
+    assert made.obs["words"].mean() == pytest.approx(real.uns["scmulan"]["words_per_cell"], rel=0.15)
+    others = scmulan.tl.generate(mini, {**asked, "cell_type": "CD4-positive, alpha-beta T cell"}, n=100, seed=0)
+
+    def detected(cells, gene):
+        return float((cells[:, gene].X > 0).mean())
+
+    assert all(detected(made, gene) > 1.5 * detected(others, gene) for gene in ("MS4A1", "CD79A", "CD79B"))
+    assert detected(others, "CD3E") > detected(made, "CD3E")
+    scmulan.tl.annotate(made, mini)
+    assert (made.obs["scmulan_cell_type"] == "B cell").mean() > 0.5
