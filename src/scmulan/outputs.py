@@ -14,6 +14,7 @@ from types import TracebackType
 
 from scmulan.errors import OutputError
 
+FULL = "disk full or file too large"
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # HDF5 and Rust libraries report the system's error in their text only.
 _FULL_TEXT = re.compile(rf"(errno = |os error )({'|'.join(map(str, _FULL))})\b")
@@ -91,12 +92,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         _replace(temporary, target)
-    except OutputError:  # of an output inside this one: it has said which
-        raise
     except Exception as error:
-        if _is_full(error):
+        # An output inside this one has said already which of them found no room.
+        told = isinstance(error, OutputError) and FULL in str(error)
+        if _is_full(error) and not told:
             raise OutputError(
-                f"{path}: disk full or file too large; nothing was written. Make room, or give a path on another disk"
+                f"{path}: {FULL}; nothing was written. Make room, or give a path on another disk"
             ) from error
         if isinstance(error, OSError) and error.filename in (str(temporary), temporary):
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
