@@ -46,7 +46,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {name: folder / f"{name}.h5ad" for name in ("one", "two", "tested")}
     simulate(1, 150, GENES).write_h5ad(out["one"])
     simulate(2, 150, GENES[:350]).write_h5ad(out["two"])
-    tested = simulate(3, 160, GENES[:300])
+    tested = simulate(3, 160, GENES[:60] + GENES[160:])
     labels = tested.obs["label"].astype(object)
     labels.iloc[:6] = ["", None, "", "platelet", "platelet", "platelet"]
     tested.obs["label"] = pd.Categorical(labels)

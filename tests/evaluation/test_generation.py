@@ -47,6 +47,8 @@ def test_real_cells_are_alike_and_random_ones_are_not(result):
     )
     assert file.results[BASELINE].mean_pearson > 0.8
     assert file.results[CEILING].mean_pearson > 0.8 > 0.4 > file.results[WRITTEN].mean_pearson
+    assert file.results[CEILING].mean_difference > 0  # other cells, not the same
+    assert 30 < file.results[WRITTEN].words_mean <= 40  # none of the words is lost
     assert file.results[CEILING].told_apart < 0.7 and file.results[WRITTEN].told_apart > 0.9
 
 

@@ -98,6 +98,12 @@ def test_groups_of_one_s_own(tmp_path):
     assert table.group_of("fibroblast") == OTHER
 
 
+def test_the_map_s_word_on_a_label_s_group_counts(tmp_path):
+    text = "label\tlineage\tcl_id\nmonocyte-derived\tdendritic\tmonocyte\nB\tB\tB cell\n"
+    table = read_label_map(write(tmp_path / "m.tsv", text))
+    assert table.true_group("monocyte-derived") == "dendritic" and table.group_of("monocyte") == "monocyte"
+
+
 def test_two_columns_are_a_map_too(tmp_path):
     table = read_label_map(write(tmp_path / "m.tsv", "bulk_labels\tterm\nA\tT cell\n"))
     assert table.term("A") == "T cell" and not table.groups
