@@ -18,6 +18,7 @@ ROOMS = [
     {"training", "inference"},
     {"tl"},
     {"evaluation", "report"},
+    {"benchmarks"},
     {"cli"},
 ]
 PLACE = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}

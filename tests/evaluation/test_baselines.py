@@ -127,27 +127,37 @@ def test_coarse_labels_are_kept(coarser):
         assert probability[i] == pytest.approx(alone.loc[i, "CD14-positive monocyte"])
 
 
-def test_coarse_labels_give_way_to_their_likeliest_kind(coarser):
-    baseline, predicted, probability, alone = predictions([coarser], coarser.cells, "descend", C=0.001)
-    assert set(baseline.types) == {"B cell", "CD14-positive monocyte"}  # a B cell is a lymphocyte
-    plain = alone.idxmax(axis=1)
-    kinds = {"monocyte": "CD14-positive monocyte", "lymphocyte": "B cell"}
-    assert predicted.tolist() == [kinds.get(p, p) for p in plain]
-    for i in np.flatnonzero(plain == "lymphocyte")[:5]:
-        assert probability[i] == pytest.approx(alone.loc[i, ["lymphocyte", "B cell"]].sum())
-
-
-def test_of_several_kinds_the_likeliest_is_taken(files):
+def test_coarse_labels_give_way_to_their_likeliest_kind(files):
     labels = files[0].labels.copy()
     labels[::3] = "leukocyte"
     mixed = replace(files[0], labels=labels)
-    _, predicted, probability, alone = predictions([mixed], mixed.cells, "descend", C=0.001)
+    baseline, predicted, probability, alone = predictions([mixed], mixed.cells, "descend", C=0.001)
     kinds = ["B cell", "CD14-positive monocyte", "natural killer cell"]
-    rows = np.flatnonzero(alone.idxmax(axis=1) == "leukocyte")
-    assert len(rows) > 5
-    for i in rows:
-        assert predicted[i] == alone.loc[i, kinds].idxmax()
-        assert probability[i] == pytest.approx(alone.loc[i, kinds].max() / alone.loc[i, kinds].sum())
+    assert baseline.types == kinds
+    winner = alone.idxmax(axis=1)
+    assert (winner == "leukocyte").sum() > 5
+    x = mixed.cells.log1p(baseline.genes).toarray() / baseline.scale
+    share = pd.DataFrame(baseline.finer.predict_proba(x), columns=baseline.finer.classes_)
+    assert (predicted == np.where(winner == "leukocyte", share.idxmax(axis=1), winner)).all()
+    for i in np.flatnonzero(winner == "leukocyte"):
+        assert probability[i] == pytest.approx(share.loc[i].max())
+
+
+def test_only_kinds_of_the_coarse_label_are_given(files):
+    labels = files[0].labels.copy()
+    rows = np.flatnonzero(labels != "CD14-positive monocyte")[::2]
+    labels[rows] = "lymphocyte"  # half of the B and NK cells
+    mixed = replace(files[0], labels=labels)
+    _, predicted, _, alone = predictions([mixed], mixed.cells, "descend", C=0.01)
+    given = set(predicted[(alone.idxmax(axis=1) == "lymphocyte").to_numpy()])
+    assert given == {"B cell", "natural killer cell"}
+    assert (predicted == files[0].labels).mean() > 0.95
+
+
+def test_training_cells_of_one_type_are_refused(files):
+    one = replace(files[0], labels=np.full(len(files[0].labels), "B cell", dtype=object))
+    with pytest.raises(InputError, match=r"the training cells are of one type \(B cell\)"):
+        LogisticBaseline([one], one.cells.genes, LogisticConfig())
 
 
 def test_cells_with_coarse_labels_are_dropped(coarser):

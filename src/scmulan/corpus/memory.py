@@ -106,6 +106,15 @@ class CellStore:
     def __len__(self) -> int:
         return len(self.total)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Vocabulary genes seen in each cell, int64."""
+        return np.diff(self.matrix.indptr).astype(np.int64)
+
+    def rows(self, cells: np.ndarray) -> sp.csr_matrix:
+        """Measured values of some cells: CSR float32 ``[cells, vocabulary genes]``."""
+        return self.matrix[cells]
+
     def words(self, family: Family) -> np.ndarray:
         """Word id of a family per cell, −1 where unknown."""
         return self.metadata[:, METADATA.index(family)]

@@ -6,7 +6,7 @@ It is fitted for each file anew, on the genes that the cells to be named share w
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -33,8 +33,9 @@ class LogisticConfig:
     presence: float = 0.0
     """Smallest share of the training files that must have measured a gene."""
     coarse: Literal["keep", "descend", "drop"] = "descend"
-    """Labels of which training has finer ones: given as they are; replaced by the likeliest of the finer ones (still
-    right where the coarse label was); or their cells left out of training."""
+    """Labels of which training has finer ones: given as they are; replaced by the likeliest of the finer ones, which a
+    second regression on the cells with fine labels tells apart (right wherever the coarse label was); or their cells
+    left out of training."""
     balanced: bool = False
     """Whether all types weigh the same, however many cells they have."""
     genes: int = 3000
@@ -112,29 +113,30 @@ class LogisticBaseline:
     """
 
     def __init__(self, files: Sequence[TrainingFile], measured: Sequence[str], config: LogisticConfig) -> None:
-        with need("logistic regression"):
-            from sklearn.linear_model import LogisticRegression
         self.config = config
         self.genes = shared_genes(files, measured, config)
         labels = np.concatenate([file.labels for file in files])
         x = np.concatenate([file.cells.log1p(self.genes, config.total).toarray() for file in files])
+        fine = ~np.isin(labels, list(coarse_labels(labels)))
         if config.coarse == "drop":
-            inside = ~np.isin(labels, list(coarse_labels(labels)))
-            x, labels = x[inside], labels[inside]
+            x, labels, fine = x[fine], labels[fine], fine[fine]
+        if len(set(labels)) < 2:
+            raise InputError(
+                f"logistic regression: the training cells are of one type ({', '.join(set(labels))}), two are needed"
+            )
         self.cells = len(labels)
         self.scale = _scale(x, config.scaling)
-        self.regression = LogisticRegression(
-            C=config.C, class_weight="balanced" if config.balanced else None, max_iter=200, tol=1e-3
-        )
-        # A fit that stops at max_iter names cells as well as one that goes on.
-        with ignoring("lbfgs failed to converge"):
-            self.regression.fit(x / self.scale, labels)
+        x /= self.scale
+        self.regression = _fit(x, labels, config)
+        # Of cells with coarse labels it learns that they are no others: who is to tell finer types apart must not.
+        among = set(labels[fine])
+        descends = config.coarse == "descend" and not fine.all() and len(among) > 1
+        self.finer = _fit(x[fine], labels[fine], config) if descends else None
 
     @property
     def types(self) -> list[str]:
         """Types that it can name."""
-        classes = [str(c) for c in self.regression.classes_]
-        return classes if self.config.coarse != "descend" else sorted(set(classes) - coarse_labels(np.array(classes)))
+        return [str(c) for c in (self.regression if self.finer is None else self.finer).classes_]
 
     def predict(self, cells: GeneCells) -> tuple[np.ndarray, np.ndarray]:
         """Name cells.
@@ -146,19 +148,32 @@ class LogisticBaseline:
             has that of the coarse one, times its share among the finer ones.
         """
         x = cells.log1p(self.genes, self.config.total).toarray() / self.scale
-        classes = [str(c) for c in self.regression.classes_]
+        classes = np.array(self.regression.classes_, dtype=object)
         probability = self.regression.predict_proba(x)
-        supports = Ontology.load().label_matrix(classes)
+        supports = Ontology.load().label_matrix(list(classes))
         best = probability.argmax(1)
+        named = classes[best]
         together = np.take_along_axis(probability @ supports.T, best[:, None], 1)[:, 0]
-        if self.config.coarse == "descend":
-            leaf = supports.sum(1) == 1
-            for i in np.flatnonzero(~leaf):
-                rows, kinds = np.flatnonzero(best == i), np.flatnonzero(supports[i] & leaf)
-                among = probability[np.ix_(rows, kinds)]
-                best[rows] = kinds[among.argmax(1)]
+        if self.finer is not None:
+            finer = np.array(self.finer.classes_, dtype=object)
+            share = self.finer.predict_proba(x)
+            for i in np.flatnonzero(supports.sum(1) > 1):
+                rows, kinds = np.flatnonzero(best == i), np.flatnonzero(np.isin(finer, classes[supports[i]]))
+                among = share[np.ix_(rows, kinds)]
+                named[rows] = finer[kinds[among.argmax(1)]]
                 together[rows] *= among.max(1) / np.maximum(among.sum(1), 1e-12)
-        return np.array(classes, dtype=object)[best], together.clip(0, 1)
+        return named, together.clip(0, 1)
+
+
+def _fit(x: np.ndarray, labels: np.ndarray, config: LogisticConfig) -> Any:
+    with need("logistic regression"):
+        from sklearn.linear_model import LogisticRegression
+    regression = LogisticRegression(
+        C=config.C, class_weight="balanced" if config.balanced else None, max_iter=200, tol=1e-3
+    )
+    # A fit that stops at max_iter names cells as well as one that goes on.
+    with ignoring("lbfgs failed to converge"):
+        return regression.fit(x, labels)
 
 
 def shared_genes(files: Sequence[TrainingFile], measured: Sequence[str], config: LogisticConfig) -> list[str]:

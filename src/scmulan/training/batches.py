@@ -94,6 +94,7 @@ class Batches:
         satisfies: np.ndarray | None = None,
     ) -> None:
         self.store = store
+        self.lengths = store.lengths
         self.vocabulary = vocabulary
         self.config = config
         self.seed = seed
@@ -108,7 +109,7 @@ class Batches:
     def _cell_weights(self, task: Task) -> np.ndarray:
         """Chance of each cell for a task: zero where it does not know what the task asks for."""
         store, config = self.store, self.config
-        usable = np.diff(store.matrix.indptr) > 0
+        usable = self.lengths > 0
         if Family.GENE not in task.asked:
             usable &= np.any([store.words(f) >= 0 for f in task.asked], axis=0)
         label = np.where(store.words(Family.FINE) >= 0, store.words(Family.FINE), store.words(Family.COARSE))
@@ -132,7 +133,7 @@ class Batches:
         order = np.flatnonzero(tasks == name)
         drawn = np.random.default_rng([self.seed, pool, self.config.pool + names.index(name)])
         cells = drawn.choice(len(self.store), size=(len(order), self._most_cells(name)), p=self.weights[name])
-        lengths = np.diff(self.store.matrix.indptr)[cells]
+        lengths = self.lengths[cells]
         by_length = cells.ravel()[np.argsort(lengths.ravel(), kind="stable")].reshape(cells.shape)
         mine = by_length[drawn.permutation(len(order))[np.searchsorted(order, place)]]
         return self.make(TASKS[name], mine, np.random.default_rng([self.seed, pool, place]))
@@ -145,7 +146,7 @@ class Batches:
         config = self.config
         given = Family.GENE in task.given
         read = self._limit(given, rng)
-        longest = min(int(np.diff(self.store.matrix.indptr)[cells].max()), read)
+        longest = min(int(self.lengths[cells].max()), read)
         cells = rng.permutation(cells)[: max(4, config.words // max(1, longest))]
         words = self._vary(cells, rng) if given else self._plain(cells)
         parts, place, level = [], [], []
@@ -232,17 +233,14 @@ class Batches:
             table[i, w] = n
         return table
 
-    def _rows(self, cells: np.ndarray) -> sp.csr_matrix:
-        return self.store.matrix[cells]
-
     def _plain(self, cells: np.ndarray) -> CellWords:
-        rows = self._rows(cells)
+        rows = self.store.rows(cells)
         return self._tokenize(rows, rows.data.copy(), self.store.total[cells], self.store.logged[cells])
 
     def _vary(self, cells: np.ndarray, rng: np.random.Generator) -> CellWords:
         """Words of cells as other panels and depths would have shown them."""
         store, config = self.store, self.config
-        rows = self._rows(cells)
+        rows = self.store.rows(cells)
         data = rows.data.copy()
         total = store.total[cells].copy()
         for i, cell in enumerate(cells):
@@ -258,7 +256,7 @@ class Batches:
                 if rng.random() < 0.5:
                     keep = store.measured[rng.integers(len(store.studies))][genes]
                 else:
-                    drawn = rng.random(store.matrix.shape[1]) < rng.uniform(0.1, 1.0)
+                    drawn = rng.random(len(self.vocabulary.genes)) < rng.uniform(0.1, 1.0)
                     keep = drawn[genes]
                 if (keep & (data[part] > 0)).sum() >= 20:
                     data[part] = np.where(keep, data[part], 0)

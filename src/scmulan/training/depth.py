@@ -33,7 +33,7 @@ def measure_depth(model: Mulan, store: CellStore, vocabulary: Vocabulary) -> dic
     groups = kinds(store)
     if not model.config.bounded_genes or not groups:
         return None
-    number = np.diff(store.matrix.indptr)
+    number = store.lengths
     genes = vocabulary.ids(Family.GENE)
     has = np.zeros((len(groups), len(vocabulary)))
     ratio, spread = np.zeros(len(groups)), []

@@ -208,7 +208,7 @@ def finetune(
             }
         ],
         "cells": len(store),
-        "cells_with_words": int((np.diff(store.matrix.indptr) > 0).sum()),
+        "cells_with_words": int((store.lengths > 0).sum()),
         "cell_types": report["labels"],
         "new_words": report["new_words"],
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
@@ -267,7 +267,7 @@ def _task_shares(store: CellStore) -> dict[str, float]:
 def _steps(store: CellStore, epochs: float | None, batches: BatchConfig) -> int:
     labelled = store.words(Family.FINE) >= 0
     share = batches.tasks["annotate"] / sum(batches.tasks.values())
-    longest = min(float(np.diff(store.matrix.indptr)[labelled].mean()), batches.prompt_words)
+    longest = min(float(store.lengths[labelled].mean()), batches.prompt_words)
     cells = min(batches.cells, max(4, batches.words / longest))  # long sentences leave room for fewer
     steps = int(np.ceil((20 if epochs is None else epochs) * labelled.sum() / cells / share))
     return steps if epochs is not None else min(max(steps, 200), 3000)

@@ -183,7 +183,7 @@ def hold_out(store: CellStore, donors: np.ndarray | None, share: float, seed: in
     """
     rng = np.random.default_rng([seed, 1])
     label = store.words(Family.FINE)
-    usable = np.flatnonzero((label >= 0) & (np.diff(store.matrix.indptr) > 0))
+    usable = np.flatnonzero((label >= 0) & (store.lengths > 0))
     share = min(share, MOST_HELD_OUT / max(1, len(usable)))
     if donors is not None:
         return _hold_out_donors(label, usable, donors, share, rng)

@@ -2,8 +2,8 @@
 
 Both objectives read the same table: ``place[b, v]`` is the place of word v in the target of sentence b (−1 where it
 is none), so the set still to be said before target t is ``place > t − 1``, and no positions × words target is ever
-kept. Heads and losses are computed in chunks of positions and recomputed in the backward pass, so memory does not
-grow with the number of positions.
+kept. Heads and losses are computed in chunks of positions, and those of more than a few chunks again in the backward
+pass, so memory does not grow with the number of positions.
 
 * *published* (scMulan): vocabulary × mean binary cross-entropy of all words against the set, plus 200 × the mean
   squared error of the value head over the words of the set.
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from scmulan.model.transformer import Mulan
 
 Objective = Literal["published", "next_word"]
+KEPT_CHUNKS = 3
 
 
 @dataclass(kw_only=True)
@@ -100,9 +101,12 @@ def objective_loss(
     value = hidden.new_zeros(())
     pairs = hidden.new_zeros(())
     step = _published_chunk if objective == "published" else _next_word_chunk
+    # A few chunks are cheaper to keep than to compute twice.
+    keep = len(hidden) <= KEPT_CHUNKS * chunk
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        e, v, n = checkpoint(step, model, hidden[part], targets, part, value_weight > 0, use_reentrant=False)
+        arguments = (model, hidden[part], targets, part, value_weight > 0)
+        e, v, n = step(*arguments) if keep else checkpoint(step, *arguments, use_reentrant=False)
         entity, value, pairs = entity + e, value + v, pairs + n
     if objective == "published":
         value = value / pairs.clamp(min=1)

@@ -40,7 +40,7 @@ def fit_type_rows(network: Mulan, store: CellStore, vocabulary: Vocabulary, obje
         Of the choice of cells.
     """
     types = store.metadata[:, [METADATA.index(f) for f in (Family.COARSE, Family.FINE)]]
-    cells = np.flatnonzero((types[:, 1] >= 0) & (np.diff(store.matrix.indptr) > 0))
+    cells = np.flatnonzero((types[:, 1] >= 0) & (store.lengths > 0))
     cells = np.sort(np.random.default_rng([seed, 2]).permutation(cells)[:MOST])
     ids = torch.from_numpy(np.union1d(vocabulary.ids(Family.COARSE), vocabulary.ids(Family.FINE)))
     own = torch.from_numpy(types[cells].astype(np.int64))

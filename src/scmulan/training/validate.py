@@ -17,10 +17,10 @@ def last_states(model: Mulan, store: CellStore, vocabulary: Vocabulary, batch: i
     """Hidden state at the end of each cell's annotation prompt: yields (cell numbers, ``[B, W]``)."""
     genes = len(vocabulary.genes)
     columns = np.arange(genes, dtype=np.int32)
-    order = np.argsort(np.diff(store.matrix.indptr), kind="stable")
+    order = np.argsort(store.lengths, kind="stable")
     for start in range(0, len(order), batch):
         cells = order[start : start + batch]
-        rows = store.matrix[cells]
+        rows = store.rows(cells)
         number = np.diff(rows.indptr)
         scale = np.repeat(1e4 / np.maximum(store.total[cells], 1e-9), number)
         rows.data = np.where(np.repeat(store.logged[cells], number), rows.data, np.log1p(rows.data * scale))
