@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from scmulan.inference.engine import GenerateConfig, buckets, score_labels, write_cells
+from scmulan.inference.engine import buckets, score_labels
 from scmulan.inference.sampling import draw_number, pick, word_weights
+from scmulan.inference.writing import GenerateConfig, write_cells
 from scmulan.language.sentence import Sentences
 from scmulan.language.vocabulary import Family, Vocabulary
 from scmulan.model.transformer import Mulan, MulanConfig

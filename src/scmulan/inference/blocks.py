@@ -57,7 +57,7 @@ def write_in_blocks(
     spread
         Standard deviation of the logarithm of a cell's number of genes around its expectation.
     temperature, sample_values, max_words, batch, genes, progress
-        As for :func:`scmulan.inference.engine.write_cells`.
+        As for :func:`scmulan.inference.writing.write_cells`.
 
     Returns
     -------

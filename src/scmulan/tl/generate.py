@@ -11,8 +11,9 @@ import scipy.sparse as sp
 import scmulan
 from scmulan.errors import ScmulanError
 from scmulan.inference.blocks import write_in_blocks
-from scmulan.inference.engine import GenerateConfig, Progress, write_cells
+from scmulan.inference.engine import Progress
 from scmulan.inference.sampling import Rule
+from scmulan.inference.writing import GenerateConfig, write_cells
 from scmulan.language.expression import debin
 from scmulan.language.genes import match_genes
 from scmulan.language.sentence import decode
