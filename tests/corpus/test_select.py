@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scmulan.corpus.select import GeneScores
+from scmulan.corpus.select import GeneScores, Moments
 
 GENES = [f"G{i:03d}" for i in range(200)]
 
@@ -80,3 +80,16 @@ def test_ties_and_empty_studies():
     assert scores.best(3) == []
     scores.scores = {"B": 1.0, "A": 1.0, "C": 2.0}
     assert scores.best(2) == ["A", "C"]
+
+
+def test_cells_may_come_in_blocks():
+    whole, parts = GeneScores(), GeneScores()
+    matrix, total = study(3, ["G010", "G020"])
+    whole.add(GENES, matrix, total, "counts")
+    moments = [Moments.of_none(len(GENES)) for _ in range(2)]
+    for i, rows in enumerate((slice(0, 70), slice(70, 150), slice(150, 300))):
+        moments[i % 2].add(matrix[rows], total[rows], "counts")
+    moments[0].merge(moments[1])
+    parts.add_moments(GENES, moments[0])
+    assert parts.scores == pytest.approx(whole.scores)
+    assert moments[0].cells == 300 and moments[0].seen.tolist() == (matrix.toarray() > 0).sum(0).tolist()

@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from scmulan.corpus.spec import read_spec
+from scmulan.corpus.spec import read_corpus_spec, read_spec
 from scmulan.errors import RecipeError, VocabularyError
-from scmulan.language.vocabulary import Family
+from scmulan.language.vocabulary import Family, Vocabulary
 
 
 @pytest.fixture
@@ -72,4 +72,56 @@ def test_a_folder_is_relative_to_the_file_that_says_so(folder):
 def test_what_is_wrong_is_said_in_one_line(folder, raw, error, message):
     with pytest.raises(error, match=message) as found:
         read_spec(raw, folder)
+    assert "\n" not in str(found.value)
+
+
+def test_donors_and_groups(folder):
+    raw = {
+        "columns": {"donor": "person"},
+        "study": [
+            {"file": "a.h5ad", "group": "G"},
+            {"file": "b.h5ad", "columns": {"donor": "patient"}, "fixed": {"donor": "P9", "organ": "Lung"}},
+        ],
+    }
+    one, two = read_spec(raw, folder)
+    assert (one.group, two.group) == ("G", "b") and two.fixed == {Family.ORGAN: "Lung"}
+    obs = pd.DataFrame({"person": pd.Categorical([" d1", None, "d2"]), "patient": [1, 2, 3]})
+    assert one.donors(obs).tolist() == ["d1", "", "d2"]
+    assert two.donors(obs).tolist() == ["P9"] * 3
+    assert read_spec({"study": [{"file": "a.h5ad"}]}, folder)[0].donors(obs).tolist() == [""] * 3
+
+
+def test_numbers_are_words_too(folder):
+    one = read_spec({"columns": {"age": "age"}, "study": [{"file": "a.h5ad"}]}, folder)[0]
+    words = one.metadata(pd.DataFrame({"age": [30.0, None, 45.5]}))[Family.AGE]
+    assert words.tolist() == ["30.0", "", "45.5"]
+
+
+def test_a_corpus_has_settings_and_a_recipe_is_one_too(folder):
+    Vocabulary.build(["CD4"], {}).save(folder / "words.json")
+    (folder / "a.toml").write_text(
+        'genes = 7\nunknown = "add"\nduplicates = "drop"\nshard_cells = 9\nvocabulary = "words.json"\n'
+        '[[study]]\nfile = "a.h5ad"\nlayer = "counts"\nstate = "counts"\n'
+    )
+    spec = read_corpus_spec(folder / "a.toml")
+    assert (spec.genes, spec.unknown, spec.duplicates, spec.shard_cells) == (7, "add", "drop", 9)
+    assert spec.vocabulary == str(folder / "words.json")
+    assert (spec.studies[0].layer, spec.studies[0].state) == ("counts", "counts")
+    (folder / "b.toml").write_text('name = "x"\n[vocabulary]\ngenes = 5\n[data]\n[[data.study]]\nfile = "a.h5ad"\n')
+    recipe = read_corpus_spec(folder / "b.toml")
+    assert (recipe.genes, recipe.vocabulary, [s.name for s in recipe.studies]) == (5, "", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[study]]\nfile = "a.h5ad"\n[[study]]\nfile = "a.h5ad"', "two studies have the name 'a'"),
+        ('[[study]]\nfile = "a.h5ad"\nstate = "scaled"', "state = 'scaled'; expected 'counts' or 'log1p'"),
+        ('[[study]]\nfile = "a.h5ad"\nobs = "none.csv"', r"training cells not found: .*none\.csv"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_corpus_is_said_in_one_line(folder, text, message):
+    (folder / "a.toml").write_text(text)
+    with pytest.raises(RecipeError, match=message) as found:
+        read_corpus_spec(folder / "a.toml")
     assert "\n" not in str(found.value)

@@ -4,13 +4,13 @@ Genes are matched as they are when the model is used, so that a model reads in t
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
 import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
+from scmulan.corpus.cells import Cells
 from scmulan.corpus.memory import CellStore
 from scmulan.language.genes import GeneMatch, match_genes
 from scmulan.language.matrix import ExpressionMatrix, choose_matrix
@@ -96,13 +96,15 @@ def word_codes(cells: int, vocabulary: Vocabulary, metadata: Mapping[Family, np.
     return codes
 
 
-def take(store: CellStore, rows: np.ndarray) -> CellStore:
-    """Store of some cells only (int64 rows)."""
-    return replace(
-        store,
-        matrix=store.matrix[rows],
+def take(store: Cells, rows: np.ndarray) -> CellStore:
+    """Some cells of others, held in memory (int64 rows)."""
+    rows = np.asarray(rows)
+    return CellStore(
+        matrix=store.rows(rows),
         total=store.total[rows],
         logged=store.logged[rows],
         study=store.study[rows],
+        studies=store.studies,
+        measured=store.measured,
         metadata=store.metadata[rows],
     )

@@ -4,18 +4,20 @@ Values stay as they were measured (counts, or log1p values where a study has no 
 dropout and binning happen while loading, by the same kernel as everywhere.
 """
 
-import hashlib
+import contextlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
+from scmulan.corpus.imports import import_cells, importer
+from scmulan.corpus.readers import hash_input, matrix_of, opened
 from scmulan.corpus.select import GeneScores
 from scmulan.corpus.spec import StudySpec
-from scmulan.language.genes import GeneTable
-from scmulan.language.matrix import choose_matrix
+from scmulan.language.genes import GeneTable, choose_names
 from scmulan.language.vocabulary import METADATA, Family, Vocabulary
 
 
@@ -51,14 +53,20 @@ class StudyCells:
 
     @classmethod
     def read(cls, spec: StudySpec, table: GeneTable) -> "StudyCells":
-        """Read one file: choose its matrix, rename its genes, sum duplicates on counts."""
-        adata = ad.read_h5ad(spec.file)
-        chosen = choose_matrix(adata)
-        matrix = sp.vstack([chunk for _, chunk in chosen.chunks(4096)], format="csr")
+        """Read one file of any format: choose its matrix, rename its genes, sum duplicates on counts."""
+        with tempfile.TemporaryDirectory(prefix="scmulan-") as scratch, contextlib.ExitStack() as stack:
+            imported = None
+            if importer(spec.file) is not None:
+                imported = Path(scratch) / "cells.h5ad"
+                import_cells(spec.file, imported, spec.where)
+            adata = stack.enter_context(opened(spec, imported))
+            chosen = matrix_of(adata, spec)
+            matrix = sp.vstack([chunk for _, chunk in chosen.chunks(4096)], format="csr")
+            metadata = {f: words.to_numpy(dtype=object) for f, words in spec.metadata(adata.obs).items()}
         if chosen.state == "log1p":
             matrix.data = np.expm1(matrix.data)
         total = np.asarray(matrix.sum(1)).ravel().astype(np.float32)
-        symbols = table.resolve(list(chosen.var.index))
+        symbols = table.resolve(choose_names(chosen.var)[0])
         names = sorted({s for s in symbols if s is not None})
         place = {name: i for i, name in enumerate(names)}
         known = [(i, place[s]) for i, s in enumerate(symbols) if s is not None]
@@ -68,9 +76,7 @@ class StudyCells:
         matrix.sort_indices()
         if chosen.state == "log1p":
             matrix.data = np.log1p(matrix.data)
-        metadata = {f: words.to_numpy(dtype=object) for f, words in spec.metadata(adata.obs).items()}
-        digest = hashlib.sha256(spec.file.read_bytes()).hexdigest()
-        return cls(spec, names, matrix, total, chosen.state, metadata, digest)
+        return cls(spec, names, matrix, total, chosen.state, metadata, hash_input(spec.file))
 
 
 @dataclass

@@ -1,9 +1,65 @@
 """Which genes a new vocabulary gets: variable within many studies, study by study."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.sparse as sp
 
 BINS = 20
+
+
+@dataclass(slots=True)
+class Moments:
+    """Sums over cells from which the mean and variance of each gene follow: cells may come block by block.
+
+    Parameters
+    ----------
+    cells
+        Cells added so far.
+    first, second
+        float64 ``[genes]``: sums of log1p values, and of their squares.
+    seen
+        int64 ``[genes]``: cells with a value above zero.
+    """
+
+    cells: int
+    first: np.ndarray
+    second: np.ndarray
+    seen: np.ndarray
+
+    @classmethod
+    def of_none(cls, genes: int) -> "Moments":
+        """Moments of no cells."""
+        return cls(0, np.zeros(genes), np.zeros(genes), np.zeros(genes, np.int64))
+
+    def add(self, matrix: sp.csr_matrix, total: np.ndarray, state: str) -> None:
+        """Add cells.
+
+        Parameters
+        ----------
+        matrix
+            CSR ``[cells, genes]``: counts, or log1p values.
+        total
+            Total of each cell over all genes of its file.
+        state
+            ``"counts"`` or ``"log1p"``.
+        """
+        x = matrix.data.astype(np.float64)
+        if state == "counts":
+            scale = 1e4 / np.maximum(total, 1e-9)
+            x = np.log1p(x * np.repeat(scale, np.diff(matrix.indptr)))
+        genes = len(self.first)
+        self.cells += matrix.shape[0]
+        self.first += np.bincount(matrix.indices, x, minlength=genes)
+        self.second += np.bincount(matrix.indices, x * x, minlength=genes)
+        self.seen += np.bincount(matrix.indices[x > 0], minlength=genes)
+
+    def merge(self, other: "Moments") -> None:
+        """Add the cells of others, of the same genes."""
+        self.cells += other.cells
+        self.first += other.first
+        self.second += other.second
+        self.seen += other.seen
 
 
 class GeneScores:
@@ -18,7 +74,7 @@ class GeneScores:
         self.scores: dict[str, float] = {}
 
     def add(self, genes: list[str], matrix: sp.csr_matrix, total: np.ndarray, state: str) -> None:
-        """Count one study.
+        """Count one study that is in memory.
 
         Parameters
         ----------
@@ -31,13 +87,15 @@ class GeneScores:
         state
             ``"counts"`` or ``"log1p"``.
         """
-        x = matrix.astype(np.float64)
-        if state == "counts":
-            scale = 1e4 / np.maximum(total, 1e-9)
-            x.data = np.log1p(x.data * np.repeat(scale, np.diff(x.indptr)))
-        mean = np.asarray(x.mean(0)).ravel()
-        square = np.asarray(x.multiply(x).mean(0)).ravel()
-        variance = square - mean**2
+        moments = Moments.of_none(len(genes))
+        moments.add(matrix, total, state)
+        self.add_moments(genes, moments)
+
+    def add_moments(self, genes: list[str], moments: Moments) -> None:
+        """Count one study whose cells were added up block by block."""
+        cells = max(moments.cells, 1)
+        mean = moments.first / cells
+        variance = moments.second / cells - mean**2
         live = np.flatnonzero((mean > 0) & (variance > 1e-12))
         if len(live) < 2:
             return
@@ -51,7 +109,7 @@ class GeneScores:
                 values = dispersion[inside]
                 z[inside] = (values - values.mean()) / (values.std() + 1e-6)
         # Rare genes rank high by chance; a gene must show up to be worth a word.
-        seen = np.asarray((x > 0).mean(0)).ravel()[live]
+        seen = moments.seen[live] / cells
         rank = np.argsort(np.argsort(z)) / (len(live) - 1) * np.minimum(1.0, seen / 0.02)
         for i, r in zip(live, rank, strict=True):
             self.scores[genes[i]] = self.scores.get(genes[i], 0.0) + float(r) ** 2

@@ -57,13 +57,17 @@ class ExpressionMatrix:
     _cells: pd.Index = field(repr=False)
     _factor: float = field(repr=False, default=1.0)
 
-    def chunks(self, size: int = 1024) -> Iterator[tuple[slice, sp.csr_matrix]]:
+    def chunks(
+        self, size: int = 1024, *, wanted: Callable[[slice], bool] = lambda rows: True
+    ) -> Iterator[tuple[slice, sp.csr_matrix]]:
         """Yield the matrix as consecutive blocks of cells, in bounded memory wherever it lies.
 
         Parameters
         ----------
         size
             Cells per block; the last block may have fewer.
+        wanted
+            Which blocks to give (default: all).
 
         Yields
         ------
@@ -76,7 +80,7 @@ class ExpressionMatrix:
         MatrixError
             At the first value that is NaN, infinite or negative, naming its cell and gene.
         """
-        for rows, block in row_chunks(self._values, size):
+        for rows, block in row_chunks(self._values, size, wanted=wanted):
             bad = _first_bad(block)
             if bad:
                 value, row, column = bad

@@ -4,7 +4,7 @@ NumPy arrays and SciPy CSR or CSC in memory, and their counterparts on disk (HDF
 datasets). Whatever the source, what comes out is SciPy CSR; a matrix is never read or made dense as a whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,9 @@ def stored_values(matrix: Any) -> int:
     return int(matrix.nnz) if sp.issparse(matrix) else int(np.prod(matrix.shape))
 
 
-def row_chunks(matrix: Any, size: int) -> Iterator[tuple[slice, sp.csr_matrix]]:
+def row_chunks(
+    matrix: Any, size: int, *, wanted: Callable[[slice], bool] = lambda rows: True
+) -> Iterator[tuple[slice, sp.csr_matrix]]:
     """Yield a matrix as consecutive blocks of rows.
 
     Parameters
@@ -39,6 +41,8 @@ def row_chunks(matrix: Any, size: int) -> Iterator[tuple[slice, sp.csr_matrix]]:
         Cells × genes, dense or sparse, in memory or on disk.
     size
         Rows per block; the last block may have fewer.
+    wanted
+        Which blocks to give; the others are not read where rows lie together.
 
     Yields
     ------
@@ -54,13 +58,19 @@ def row_chunks(matrix: Any, size: int) -> Iterator[tuple[slice, sp.csr_matrix]]:
     if getattr(matrix, "format", None) != "csc":
         for start in range(0, n_rows, size):
             rows = slice(start, min(start + size, n_rows))
-            yield rows, read_rows(matrix, rows)
+            if wanted(rows):
+                yield rows, read_rows(matrix, rows)
         return
     rows_held = max(_TURNED_VALUES * n_rows // max(stored_values(matrix), 1) // size, 1) * size
     for start in range(0, n_rows, rows_held):
-        held = read_rows(matrix, slice(start, min(start + rows_held, n_rows)))
+        end = min(start + rows_held, n_rows)
+        if not any(wanted(slice(row, min(row + size, end))) for row in range(start, end, size)):
+            continue
+        held = read_rows(matrix, slice(start, end))
         for rows, block in row_chunks(held, size):
-            yield slice(start + rows.start, start + rows.stop), block
+            rows = slice(start + rows.start, start + rows.stop)
+            if wanted(rows):
+                yield rows, block
         del held  # before the next pass needs its room
 
 
