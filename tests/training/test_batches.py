@@ -6,11 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from scmulan.language.sentence import Sentences
+from scmulan.corpus.loader import read_words
+from scmulan.corpus.memory import build_store, build_vocabulary, read_studies
+from scmulan.corpus.spec import read_spec
+from scmulan.corpus.store import Selection
+from scmulan.errors import RecipeError
 from scmulan.language.tasks import ANNOTATE, GENERATE, LOCATE, TASKS
 from scmulan.language.vocabulary import METADATA, Family, Vocabulary
 from scmulan.training.batches import BatchConfig, Batches
+from scmulan.training.objective import objective_loss
+from scmulan.training.rows import _positions, _thin, binomial, mixed
 
 
 def make(store, vocabulary, seed=0, satisfies=None, **settings):
@@ -79,19 +87,16 @@ def test_tasks_come_in_their_shares(store, vocabulary):
 
 
 def test_a_pool_is_sorted_by_length(store, vocabulary):
-    """Every cell of a pool's batches is drawn for it, and batches of one task do not overlap in length."""
-    lengths = np.diff(store.matrix.indptr)
+    """A pool's batches of one task do not overlap in length, and are of cells drawn for it."""
 
     def words(pool):
-        batches = make(store, vocabulary, tasks={"generate": 1.0}, pool=pool, cells=4, positions=0)
-        found = [batches.batch(step).targets.place for step in range(8)]
-        return [np.sort((place >= 0).sum(1).numpy() - 1) for place in found]
+        batches = make(store, vocabulary, tasks={"generate": 1.0}, pool=pool, target_words_least=5)
+        return [np.sort(batches._plan.batch(step).words) for step in range(8)]
 
-    sizes = sorted(words(8), key=lambda n: n[0])
+    sizes = sorted(words(8), key=lambda n: (n[0], n[-1]))
     assert all(a[-1] <= b[0] for a, b in itertools.pairwise(sizes))
-    alone = sorted(words(1), key=lambda n: n[0])
+    alone = sorted(words(1), key=lambda n: (n[0], n[-1]))
     assert not all(a[-1] <= b[0] for a, b in itertools.pairwise(alone))
-    assert set(np.concatenate(sizes)) <= set(lengths)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -146,42 +151,42 @@ def test_a_cut_target_still_holds_the_whole_cell(store, vocabulary):
         assert len(target) == store.matrix[cell].nnz + 1
 
 
-@pytest.mark.parametrize(("positions", "target_words"), [(4, 1000), (2, 1000), (0, 1000), (4, 10)])
-def test_sampled_positions_estimate_the_mean_over_all_of_them(store, vocabulary, positions, target_words):
-    batches = make(store, vocabulary, positions=positions, target_words=target_words)
-    number = [7, 21, 3]
-    read_words = [min(n, target_words) for n in number]
-    lengths = np.array(read_words) + 2
-    sentences = Sentences(np.concatenate(([0], np.cumsum(lengths))), np.zeros(0), np.zeros(0), np.full(3, 2))
+@pytest.mark.parametrize(("sampled", "target_words"), [(4, 1000), (2, 1000), (0, 1000), (4, 10)])
+def test_sampled_positions_estimate_the_mean_over_all_of_them(sampled, target_words):
     draws = 4000
-    rng = np.random.default_rng(0)
-    mean = [np.zeros(n) for n in number]
-    for _ in range(draws):
-        rows, said, weight = batches._positions(sentences, number, False, rng)
-        for i in range(3):
-            mine = rows == i
-            assert weight[mine].sum() == pytest.approx(1 / 3)
-            assert len(set(said[mine])) == mine.sum()
-            if positions:
-                assert mine.sum() == min(positions, read_words[i] + (read_words[i] < number[i]))
-            mean[i][said[mine]] += 3 * weight[mine] / draws
-    for n, r, m in zip(number, read_words, mean, strict=True):
-        # A position after the words read (the next of a cut target) is the last one that can be asked.
-        asked = n if r >= n else r + 1
-        spread = (1 / max(positions - 1, 1) / asked / draws) ** 0.5
-        assert np.abs(m[:asked] - 1 / asked).max() < 5 * spread
-        assert not m[asked:].any()
+    for number in (7, 21, 3):
+        words = min(number, target_words)
+        asked = min(number, words + 1)  # the position after the words read can be asked, too
+        mean = np.zeros(number)
+        for draw in range(draws):
+            said, weight = np.zeros(32, dtype=np.int64), np.zeros(32)
+            key = np.random.SeedSequence([number, draw]).generate_state(1, np.uint64)[0]
+            _, n = _positions(key, number, words, sampled, np.zeros(64, dtype=np.int64), said, weight)
+            assert weight[:n].sum() == pytest.approx(1.0)
+            assert len(set(said[:n])) == n
+            assert n == (min(sampled, asked) if sampled else asked)
+            mean[said[:n]] += weight[:n] / draws
+        spread = (1 / max(sampled - 1, 1) / asked / draws) ** 0.5
+        assert np.abs(mean[:asked] - 1 / asked).max() < 5 * spread
+        assert not mean[asked:].any()
 
 
-def test_a_batch_has_as_many_cells_as_its_words_have_room_for(store, vocabulary):
-    cells = np.arange(20)
-    lengths = np.diff(store.matrix.indptr)[:20]
+@pytest.mark.parametrize("order", ["weighted", "epoch"])
+def test_a_batch_has_as_many_cells_as_its_words_have_room_for(store, vocabulary, order):
+    sizes = set()
     for room in (200, 400, 10**6):
-        batch = make(store, vocabulary, words=room).make(GENERATE, cells, np.random.default_rng(0))
-        assert len(batch.entity) == min(20, max(4, room // lengths.max()))
-        assert batch.targets.weight.sum() == pytest.approx(1.0)
-        sizes = [len(target) - 1 for _, _, target in read(batch)]
-        assert sorted(sizes) != sizes and not set(sizes) - set(lengths)  # any cells, not the first or shortest ones
+        batches = make(store, vocabulary, words=room, cells=12, pool=8, order=order, target_words_least=4)
+        for step in range(16):
+            batch = batches.batch(step)
+            longest = batch.entity.shape[1]
+            fits = min(12, max(4, room // longest))
+            if order == "weighted":
+                assert len(batch.entity) == fits
+            else:  # all cells have to be somewhere
+                assert 1 <= len(batch.entity) <= 1.5 * fits
+            assert batch.targets.weight.sum() == pytest.approx(1.0)
+            sizes.add(len(batch.entity))
+    assert len(sizes) > 3
 
 
 def test_positions_of_a_batch_are_limited_in_all(store, vocabulary):
@@ -225,24 +230,76 @@ def test_labels_are_asked_for_at_every_position(store, vocabulary):
 
 
 def test_other_panels_and_depths_never_invent_a_gene(store, vocabulary):
-    cells = np.arange(len(store))
-    plain = make(store, vocabulary, panel=0.0, thin=0.0)._vary(cells, np.random.default_rng(0))
-    for settings in ({"panel": 1.0, "thin": 0.0}, {"panel": 0.0, "thin": 1.0}, {"panel": 1.0, "thin": 1.0}):
-        batches = make(store, vocabulary, **settings)
+    cells = np.flatnonzero(make(store, vocabulary).weights["annotate"])
+
+    def prompts(seed, **changed):
+        changed = {"panel": 0.0, "thin": 0.0, **changed}
+        batch = make(store, vocabulary, **changed).make(ANNOTATE, cells, np.random.default_rng(seed))
+        rows = zip(batch.entity.tolist(), batch.value.tolist(), strict=True)
+        return [{w: v for w, v in zip(*row, strict=True) if v > 0} for row in rows]
+
+    plain = prompts(0)
+    assert [len(p) for p in plain] == store.lengths[cells].tolist()
+    for changed in ({"panel": 1.0}, {"thin": 1.0}, {"panel": 1.0, "thin": 1.0}):
         fewer, other_level = 0, 0
         for seed in range(5):
-            varied = batches._vary(cells, np.random.default_rng(seed))
-            for cell in cells:
-                one, two = (slice(w.indptr[cell], w.indptr[cell + 1]) for w in (plain, varied))
-                before = dict(zip(plain.gene[one], plain.level[one], strict=True))
-                after = dict(zip(varied.gene[two], varied.level[two], strict=True))
-                assert after.keys() <= before.keys() and after
+            for before, after in zip(plain, prompts(seed, **changed), strict=True):
+                assert after.keys() <= before.keys()
+                assert len(after) >= min(len(before), 20)
                 fewer += len(after) < len(before)
                 other_level += any(after[g] != before[g] for g in after)
-        assert fewer > 20 and other_level > (40 if batches.config.thin else 0)
-    logged = np.flatnonzero(store.logged)  # log1p values cannot be thinned
-    thinned = make(store, vocabulary, panel=0.0, thin=1.0)._vary(logged, np.random.default_rng(0))
-    assert thinned.lengths.tolist() == plain.lengths[logged].tolist()
+        assert fewer > 20 and other_level > (40 if "thin" in changed else 0)
+    logged = np.flatnonzero(store.logged[cells])  # log1p values cannot be thinned
+    thinned = prompts(0, thin=1.0)
+    assert all(thinned[i] == plain[i] for i in logged)
+
+
+def test_counts_are_thinned_as_sampling_would(store, vocabulary):
+    """Each gene's counts are a binomial share of its own, also where the share follows from what must be left."""
+    counts = np.array([1.0, 1, 2, 5, 40, 900])
+    draws = 2000
+    for least, share in ((0, 0.3), (0, 0.8), (4, 0.02)):
+        sums, shares = np.zeros(len(counts)), []
+        for draw in range(draws):
+            key = np.random.SeedSequence([least, draw]).generate_state(1, np.uint64)[0]
+            genes, amounts = np.arange(len(counts)), counts.copy()
+            _, n, left = _thin(key, genes, amounts, len(counts), least, share, np.empty(len(counts)))
+            assert n >= least and left >= share and (amounts[:n] >= 1).all()
+            assert (amounts[:n] <= counts[genes[:n]]).all() and len(set(genes[:n])) == n
+            sums[genes[:n]] += amounts[:n]
+            shares.append(left)
+        if least == 0:
+            assert set(shares) == {share}
+            spread = np.sqrt(counts * share * (1 - share) / draws)
+            assert (np.abs(sums / draws - counts * share) < 5 * spread).all()
+        else:
+            assert sums[4] / draws == pytest.approx(40 * np.mean(shares), rel=0.05)
+            assert np.mean(shares) > 0.1
+
+
+def test_a_thinner_cell_has_the_bins_of_its_depth(store, vocabulary):
+    """Of counts so large that a share of them is nearly exact, bins do not change: the total is thinned as well."""
+    large = store.matrix.copy()
+    large.data = np.where(large.data > 0, large.data * 1e6, 0).astype(np.float32)
+    many = replace(store, matrix=large, total=store.total * 1e6, logged=np.zeros(len(store), dtype=bool))
+    cells = np.arange(40)
+    made = [
+        make(many, vocabulary, thin=thin, panel=0.0).make(ANNOTATE, cells, np.random.default_rng(0)) for thin in (0, 1)
+    ]
+    bins = [
+        [dict(zip(*row, strict=True)) for row in zip(b.entity.tolist(), b.value.tolist(), strict=True)] for b in made
+    ]
+    same_bin = [plain[word] == thin[word] for plain, thin in zip(*bins, strict=True) for word in thin if thin[word]]
+    assert len(same_bin) > 500 and np.mean(same_bin) > 0.97
+
+
+@pytest.mark.parametrize(("number", "chance"), [(3, 0.2), (40, 0.05), (40, 0.9), (300, 0.4), (5000, 0.7)])
+def test_binomial_draws_have_their_mean_and_spread(number, chance):
+    draws = np.array([binomial(np.uint64(mixed(np.uint64(i))), number, chance)[1] for i in range(20_000)])
+    variance = number * chance * (1 - chance)
+    assert abs(draws.mean() - number * chance) < 5 * (variance / len(draws)) ** 0.5
+    assert draws.var() == pytest.approx(variance, rel=0.06)
+    assert draws.min() >= 0 and draws.max() <= number
 
 
 def test_cells_without_labels_are_never_annotated(store, vocabulary):
@@ -317,3 +374,174 @@ def test_a_word_of_two_families_is_said_once(store):
                 assert len(set(prompt)) == len(prompt)
                 if task is ANNOTATE:
                     assert said[:2] == target == [both, published.end]
+
+
+def sentences(batch):
+    """What a batch says of each cell, without padding."""
+    width = batch.entity.shape[1]
+    out = []
+    for i, cell in enumerate(batch.cells):
+        mine = batch.targets.row == i
+        used = int(((batch.entity[i] > 0) | (torch.arange(width) == 0)).nonzero().max()) + 1
+        out.append(
+            (
+                int(cell),
+                batch.entity[i, :used].tolist(),
+                batch.value[i, :used].tolist(),
+                (batch.positions[mine] - i * width).tolist(),
+                batch.targets.said[mine].tolist(),
+                batch.targets.weight[mine].tolist(),
+                batch.targets.place[i].tolist(),
+                batch.targets.level[i].tolist(),
+                batch.targets.allowed[i].tolist(),
+            )
+        )
+    return out
+
+
+@pytest.mark.parametrize("order", ["weighted", "epoch"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batch_that_one_would_have(store, vocabulary, network, order, world):
+    batches = make(store, vocabulary, cells=6, order=order)
+    for step in range(6):
+        whole = batches.batch(step)
+        parts = [batches.batch(step, rank, world) for rank in range(world)]
+        together = [None] * len(whole.cells)
+        for rank, part in enumerate(parts):
+            together[rank::world] = sentences(part)
+            assert (part.all_cells, part.all_words) == (len(whole.cells), whole.words)
+        assert together == sentences(whole)
+        assert sum(part.words for part in parts) == whole.words == whole.all_words
+        assert not any(same(a, b) for a, b in itertools.combinations(parts, 2))
+
+        def loss(batch):
+            hidden = network(batch.entity, batch.value)
+            picked = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+            entity, value = objective_loss(network, picked, batch.targets, objective="next_word", value_weight=1.0)
+            return (entity + value).item()
+
+        with torch.no_grad():
+            assert sum(map(loss, parts)) == pytest.approx(loss(whole), rel=1e-5)
+
+
+def test_more_ranks_than_cells_are_refused(store, vocabulary):
+    batches = make(store, vocabulary, cells=4)
+    with pytest.raises(RecipeError, match="least_cells"):
+        batches.batch(0, rank=5, world=6)
+
+
+def test_what_is_made_ahead_is_what_would_be_made(store, vocabulary):
+    plain, ahead = (make(store, vocabulary, ahead=n) for n in (0, 3))
+    for step in (0, 1, 2, 3, 9, 10, 2, 3, 4):
+        assert same(plain.batch(step), ahead.batch(step))
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 1000), st.sampled_from([8, 16, 32, 64]), st.sampled_from([1, 4, 8]), st.integers(2, 9))
+def test_an_epoch_reads_every_cell_once(store, vocabulary, seed, window, block, cells):
+    batches = make(store, vocabulary, seed, order="epoch", window=window, block=block, cells=cells, ahead=0)
+    tasks = []
+    for epoch in range(2):
+        read_cells = []
+        for step in range(batches.epoch_steps):
+            batch = batches.batch(epoch * batches.epoch_steps + step)
+            assert len(batch.cells) > 0
+            read_cells += batch.cells.tolist()
+            tasks.append((epoch, batch.task, tuple(batch.cells)))
+        assert sorted(read_cells) == list(range(len(store)))
+    chosen = [{c: task for e, task, cells in tasks if e == epoch for c in cells} for epoch in range(2)]
+    assert chosen[0] != chosen[1]
+    for name in batches.config.tasks:
+        asked = [f for f in TASKS[name].asked if f is not Family.GENE]
+        served = [c for task in chosen for c, n in task.items() if n == name]
+        assert all(known(store, c, *asked) for c in served if asked)
+
+
+def test_cells_without_words_are_left_out_of_an_epoch(store, vocabulary):
+    matrix = store.matrix.tolil()
+    matrix[[3, 17]] = 0
+    some = replace(store, matrix=matrix.tocsr())
+    for order in ("epoch", "weighted"):
+        batches = make(some, vocabulary, order=order, cells=8)
+        steps = batches.epoch_steps or 40
+        seen = np.concatenate([batches.batch(step).cells for step in range(steps)])
+        assert not {3, 17} & set(seen.tolist())
+        assert order == "weighted" or sorted(seen) == [c for c in range(60) if c not in (3, 17)]
+
+
+def test_a_task_has_its_share_of_an_epoch(store, vocabulary):
+    shares = {"generate": 0.7, "annotate": 0.3}
+    batches = make(store, vocabulary, order="epoch", tasks=shares, ahead=0)
+    number = dict.fromkeys(shares, 0)
+    for step in range(20 * batches.epoch_steps):
+        batch = batches.batch(step)
+        number[batch.task] += len(batch.cells)
+    labelled = (batches._serves() == 3).mean()
+    assert number["annotate"] / (20 * len(store)) == pytest.approx(0.3 * labelled, abs=0.04)
+
+
+def test_a_state_is_four_integers(store, vocabulary):
+    weighted, epoch = (make(store, vocabulary, 7, order=order) for order in ("weighted", "epoch"))
+    assert weighted.state(100).to_json() == {"seed": 7, "epoch": 0, "step": 100, "cells": 60}
+    steps = epoch.epoch_steps
+    assert epoch.state(2 * steps + 3).to_json() == {"seed": 7, "epoch": 2, "step": 3, "cells": 60}
+
+
+def test_cells_need_not_be_in_memory(store, vocabulary):
+    class Elsewhere(Selection):
+        """The same cells, read only through the protocol."""
+
+    elsewhere = Elsewhere(store, np.arange(len(store)))
+    for order in ("weighted", "epoch"):
+        one, two = (make(cells, vocabulary, order=order) for cells in (store, elsewhere))
+        assert all(same(one.batch(step), two.batch(step)) for step in range(6))
+
+
+def test_organs_can_be_balanced(store, vocabulary):
+    organ = store.words(Family.ORGAN)
+    for power, expected in ((0.0, 0.5), (1.0, None)):
+        weights = make(store, vocabulary, study_power=1.0, label_power=1.0, organ_power=power).weights["generate"]
+        share = weights[organ >= 0].sum()
+        assert share == pytest.approx((organ >= 0).mean() if expected is None else expected)
+
+
+def test_an_unknown_order_is_refused(store, vocabulary):
+    with pytest.raises(RecipeError, match=r"batches\.order is 'random'"):
+        make(store, vocabulary, order="random")
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+    """Real cells of four studies, counts and log1p, in 2,000 genes."""
+    files = ["kang2018_pbmc_labelled", "xin2016_pancreas", "wu2021_breast_tumour", "crc_colon"]
+    data = {
+        "folder": str(shared / "data" / "train"),
+        "columns": {"organ": "organ", "coarse_type": "coarse", "fine_type": "label"},
+        "study": [{"file": f"{name}.h5ad"} for name in files],
+    }
+    studies = read_studies(read_spec(data, shared))
+    words = build_vocabulary(studies, 2000)
+    return build_store(studies, words), words
+
+
+@pytest.mark.parametrize("order", ["weighted", "epoch"])
+def test_little_is_padding(real, order):
+    """Panels, depths and limits vary, and yet the length of a batch is that of its sentences."""
+    store, words = real
+    many = Selection(store, np.random.default_rng(0).integers(len(store), size=40_000))
+    batches = Batches(many, words, BatchConfig(order=order), 0)
+    made = [batches.batch(step) for step in range(64)]
+    assert {batch.task for batch in made} == set(TASKS)
+    assert 1 - sum(b.words for b in made) / sum(b.entity.numel() for b in made) <= 0.03
+    assert sum(b.words for b in made) >= 0.99 * sum(b.all_words for b in made)
+    assert all(b.entity.numel() <= (1.1 if order == "epoch" else 1) * 8192 for b in made)
+
+
+def test_bins_are_those_of_the_tokenizer(store, vocabulary):
+    cells = np.arange(len(store))
+    batch = make(store, vocabulary).make(GENERATE, cells, np.random.default_rng(0))
+    words = read_words(store, cells)
+    genes = vocabulary.ids(Family.GENE)
+    row = np.repeat(cells, words.lengths)
+    assert np.array_equal(batch.targets.level.numpy()[row, genes[words.gene]], words.level)
+    assert (batch.targets.level > 0).sum() == len(words.gene)

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from scmulan.errors import RecipeError
 from scmulan.language.tasks import TASKS
 from scmulan.model.transformer import Mulan, MulanConfig
 from scmulan.training.batches import BatchConfig, Batches
-from scmulan.training.loop import Trainer, batch_loss, learning_rate, make_optimizer, read_log
+from scmulan.training.loop import Trainer, batch_loss, cut, learning_rate, make_optimizer, read_log
+from scmulan.training.objective import value_pairs
 from scmulan.training.recipe import ObjectiveSection, OptimizerSection, RunSection
-from scmulan.training.state import RunFolder
+from scmulan.training.state import RunFolder, read_tensors
 
 STEPS = 12
 
@@ -54,6 +56,12 @@ def trainer(vocabulary, store, folder, *, validate=None, seed=0, dropout=0.0, **
 
 def weights(made):
     return made.model.state_dict()
+
+
+def curve(made):
+    """The log without what depends on the machine's speed."""
+    lines = [line for line in read_log(made.log_path) if "validation" not in line]
+    return [{k: v for k, v in line.items() if not k.endswith("_per_second")} for line in lines]
 
 
 @pytest.mark.parametrize("objective", ["next_word", "published"])
@@ -99,9 +107,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(vocabulary, store, tmp_pa
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(again)[name]), name
     assert again.words == whole.words
-    losses = [{k: v for k, v in line.items() if k != "words_per_second"} for line in read_log(whole.log_path)]
-    resumed = [line for line in read_log(again.log_path) if "validation" not in line]
-    assert [{k: v for k, v in line.items() if k != "words_per_second"} for line in resumed] == losses
+    assert curve(again) == curve(whole)
 
 
 def test_a_run_that_is_not_resumed_differs(vocabulary, store, tmp_path):
@@ -122,8 +128,8 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(vocabulary, sto
     made.save()
     made._one_step({})
     made.save()
-    newest = max((tmp_path / "cut" / "checkpoints").glob("step-*.pt"))
-    assert newest.name == "step-000000004.pt"
+    newest = max((tmp_path / "cut" / "checkpoints").glob("step-*/*.safetensors"))
+    assert newest.parent.name == "step-000000004"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
@@ -155,13 +161,63 @@ def test_a_fresh_run_does_not_continue_an_old_log(vocabulary, store, tmp_path):
     assert not made.log_path.exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_reason(vocabulary, store, tmp_path):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_with_a_reason_and_what_led_to_it(vocabulary, store, tmp_path, what):
     made = trainer(vocabulary, store, tmp_path)
+    made._one_step({})
+    made.save()
     with torch.no_grad():
-        made.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(RecipeError, match=r"loss is nan at step 0 .*optimizer\.rate"):
+        if what == "loss":
+            made.model.norm.weight[3] = float("nan")
+        else:
+            made.model.level.weight.register_hook(lambda g: g * float("inf"))
+    before = {name: weight.clone() for name, weight in weights(made).items()}
+    with pytest.raises(RecipeError, match=rf"the {what} is (nan|inf) .*at step 1 .*{tmp_path}/diverged.*rate") as error:
         made.train()
-    assert not list(Path(tmp_path).glob("checkpoints/*"))
+    assert "\n" not in str(error.value)
+    report = json.loads((tmp_path / "diverged" / "report.json").read_text())
+    assert report["step"] == 1
+    assert report["not_finite"]["weight" if what == "loss" else "gradient"]
+    sentences = safetensors.numpy.load_file(tmp_path / "diverged" / "sentences-0.safetensors")
+    assert (sentences["0.entity"] == made.batches.batch(1).entity.numpy()).all()
+    kept = {f"model.{name}": torch.zeros_like(weight) for name, weight in before.items()}
+    read_tensors(Path(report["checkpoint"]), kept)
+    assert all(torch.equal(kept[f"model.{n}"].nan_to_num(7.0), w.nan_to_num(7.0)) for n, w in before.items())
+    again = trainer(vocabulary, store, tmp_path)
+    assert again.resume() and again.step == 1
+    assert all(torch.isfinite(w).all() for w in weights(again).values())
+
+
+def test_parts_of_a_batch_add_up_to_it(vocabulary, store, network):
+    batches = Batches(store, vocabulary, BatchConfig(cells=5, generate_cells=3, positions=8, pool=4), 0)
+    for step in range(6):
+        whole = batches.batch(step)
+        for parts in (2, 3, 7):
+            shares = [cut(whole, i, parts) for i in range(parts)]
+            for name in ("next_word", "published"):
+                objective = ObjectiveSection(name=name, value_weight=2.0)
+                pairs = sum(value_pairs(part.targets) for part in shares)
+                assert pairs == value_pairs(whole.targets)
+                expected = batch_loss(network, whole, objective)
+                found = [batch_loss(network, part, objective, pairs) for part in shares]
+                for i in range(2):
+                    total = sum(losses[i].item() for losses in found)
+                    assert total == pytest.approx(expected[i].item(), rel=1e-5, abs=1e-6)
+
+
+def test_what_tensorboard_shows_is_what_the_log_says(vocabulary, store, tmp_path):
+    pytest.importorskip("tensorboard")
+    made = trainer(vocabulary, store, tmp_path, steps=3)
+    made.run_config.tensorboard = True
+    made.validate = lambda _: {"accuracy": 0.25}
+    made.train()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    lines = [line for line in read_log(made.log_path) if "validation" not in line]
+    assert [e.value for e in events.Scalars("gradient")] == pytest.approx([line["gradient"] for line in lines])
+    assert [e.step for e in events.Scalars("validation/accuracy")] == [1, 2, 3]
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmulan.model.transformer import Mulan, MulanConfig
-from scmulan.training import objective as module
 from scmulan.training.objective import Targets, objective_loss
 
 V, B, W, END = 17, 5, 8, 0
@@ -168,56 +169,64 @@ def test_next_word_loss_is_its_definition(chunk, spread, allowed, satisfies, bou
 def test_the_end_is_wanted_only_when_nothing_else_is_left():
     network = double_network(False)
     targets = random_targets(2)
-    hidden = torch.zeros(len(targets.row), W, dtype=torch.float64)
-    loss = objective_loss(network, hidden, targets, objective="next_word", value_weight=0.0)[0]
-    loss.backward()
-    # With all logits equal, the gradient of a position's logits is softmax − wanted, and sums to zero over words.
-    last = [n for n in range(len(hidden)) if left_to_say(targets, n) == [END]]
-    assert last and len(last) < len(hidden)
-    z = torch.zeros(len(hidden), V, dtype=torch.float64, requires_grad=True)
-    network.entity_logits = lambda h: z
-    objective_loss(network, hidden, targets, objective="next_word", value_weight=0.0)[0].backward()
+    # With a head that is the identity the logits are the hidden states: the gradient is softmax − wanted.
+    network.entity_head.weight = torch.nn.Parameter(torch.eye(V, dtype=torch.float64))
+    z = torch.zeros(len(targets.row), V, dtype=torch.float64, requires_grad=True)
+    objective_loss(network, z, targets, objective="next_word", value_weight=0.0)[0].backward()
+    last = [n for n in range(len(z)) if left_to_say(targets, n) == [END]]
+    assert last and len(last) < len(z)
+    assert torch.allclose(z.grad.sum(1), torch.zeros(len(z), dtype=torch.float64))
     wants_end = z.grad[:, END] < 0
     assert wants_end.nonzero()[:, 0].tolist() == last
 
 
 @pytest.mark.parametrize("name", ["published", "next_word"])
 def test_memory_does_not_grow_with_positions_times_words(name):
+    """The largest tensor that any operation makes, forward and backward."""
     network = double_network(True)
     targets = random_targets(3, allowed=name == "next_word")
 
-    def kept(repeat, run):
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    self.most = max(self.most, tensor.numel())
+            return out
+
+    def most(chunk, repeat=40):
         hidden = torch.randn(len(targets.row) * repeat, W, dtype=torch.float64, requires_grad=True)
-        many = Targets(
+        many = replace(
+            targets,
             row=targets.row.repeat(repeat),
             said=targets.said.repeat(repeat),
             weight=targets.weight.repeat(repeat),
-            place=targets.place,
-            level=targets.level,
-            end=END,
-            allowed=targets.allowed,
         )
-        largest = [0]
+        with Largest() as largest:
+            e, v = objective_loss(network, hidden, many, objective=name, value_weight=1.0, chunk=chunk)
+            (e + v).backward()
+        return largest.most, len(hidden)
 
-        def pack(tensor):
-            largest.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            run(hidden, many)
-        return max(largest), len(hidden)
-
-    def chunked(hidden, many):
-        objective_loss(network, hidden, many, objective=name, value_weight=1.0, chunk=8)
-
-    def at_once(hidden, many):
-        step = module._published_chunk if name == "published" else module._next_word_chunk
-        step(network, hidden, many, slice(None), True)
-
-    most, positions = kept(40, chunked)
-    dense, _ = kept(40, at_once)
+    dense, positions = most(10**6)
     assert dense >= positions * V  # the measure sees a table of positions × words where there is one
-    assert most < positions * V / 10
+    assert most(8)[0] <= positions * W
+
+
+@pytest.mark.parametrize("name", ["published", "next_word"])
+def test_under_autocast_the_losses_are_those_of_bf16_heads(name):
+    network = double_network(True, bounded=name == "next_word").float()
+    targets = replace(random_targets(1), weight=random_targets(1).weight.float())
+    hidden = torch.randn(len(targets.row), W, requires_grad=True)
+    found = {}
+    for bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            e, v = objective_loss(network, hidden, targets, objective=name, value_weight=1.0)
+        found[bf16] = [e, v, *torch.autograd.grad(e + v, [hidden, network.entity_head.weight])]
+    for a, b in zip(found[True], found[False], strict=True):
+        assert a.dtype == torch.float32 and not torch.equal(a, b)
+        assert (a - b).norm() < 0.05 * b.norm()
 
 
 @pytest.mark.parametrize("bounded", [False, True])

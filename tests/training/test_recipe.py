@@ -4,12 +4,19 @@ import json
 
 import anndata as ad
 import pytest
+import torch
 
 import scmulan
 from scmulan.errors import RecipeError
 from scmulan.language.genes import CoverageWarning
-from scmulan.training.pretrain import pretrain
+from scmulan.language.vocabulary import Vocabulary
+from scmulan.model.transformer import PUBLISHED, Mulan
+from scmulan.training.batches import Batches
+from scmulan.training.export import model_config
+from scmulan.training.loop import Trainer
+from scmulan.training.pretrain import pretrain, read_data
 from scmulan.training.recipe import Recipe, read_recipe
+from scmulan.training.state import RunFolder
 
 
 def write(path, text):
@@ -100,6 +107,70 @@ def test_validation_studies_take_over_columns_and_renaming(tmp_path):
     assert watched.file.name == "b.h5ad"
     assert watched.columns == {"fine_type": "label"} and watched.rename == {"fine_type": {"T": "T cell"}}
     assert Recipe().validation_studies(tmp_path) == []
+
+
+SMALL = [
+    'validation.study=[{ file = "10x_pbmc_3tech.h5ad" }]',
+    "batches.cells=4",
+    "batches.generate_cells=4",
+    "batches.words=1200",
+    "batches.least_cells=2",
+    "batches.pool=2",
+    "run.validate_cells=30",
+]
+
+
+def test_the_base_recipe_trains_for_a_step(root, shared, tmp_path):
+    """All of its shape, on few words of one of its files."""
+    file = root / "recipes" / "base.toml"
+    plan = pretrain(file, changes=["optimizer.steps=1"], dry_run=True)
+    assert 30e6 < plan["parameters"] < 60e6 and plan["cells"] > 14_000
+    changes = [*SMALL, 'data.study=[{ file = "mast2015_mait_blood.h5ad" }]', "optimizer.steps=1"]
+    changes += ["vocabulary.genes=500"]
+    changes += ["run.validate_every=0", "batches.target_words=64", "batches.prompt_words=64"]
+    report = pretrain(file, tmp_path / "run", changes=[*changes, "batches.tasks={annotate=0.5, generate=0.5}"])
+    assert report["steps"] == 1
+    model = scmulan.load(report["model"])
+    assert model.config.layers == 12 and model.config.width == 512
+    assert model.card["flops"] > 1e10 and model.card["curve"]["losses"][0]["step"] == 1
+
+
+def test_the_published_recipe_has_the_published_shape(root):
+    plan = read_recipe(root / "recipes" / "scmulan-368m.toml")
+    with torch.device("meta"):
+        config = model_config(plan, 2222)
+        assert sum(p.numel() for p in Mulan(config).parameters()) == 368_800_320
+    assert config == PUBLISHED
+    assert plan.vocabulary.file == "published" and plan.objective.value_weight == 200
+    assert plan.batches.cells * plan.optimizer.steps == pytest.approx(100e6, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_published_recipe_takes_a_real_step(root, shared, tmp_path):
+    """All 368 M parameters, AdamW included, on a few words of real cells."""
+    text = (root / "recipes" / "scmulan-368m.toml").read_text()
+    cells = "columns = { organ = 'organ' }\nstudy = [{ file = '10x_pbmc4k.h5ad' }]"
+    data = f"[data]\nfolder = '{shared}/data/train'\n{cells}\n"
+    file = write(tmp_path / "r.toml", text[: text.index("[data]")] + data)
+    changes = ["batches.generate_cells=2", "batches.least_cells=1", "batches.window=64", "batches.target_words=24"]
+    changes += ["batches.target_words_least=24", "batches.tasks={generate=1.0}", "batches.ahead=0", "run.accumulate=1"]
+    plan = read_recipe(file, changes)
+    found = read_data(plan, tmp_path)
+    assert found.vocabulary == Vocabulary.published()
+    with torch.random.fork_rng():
+        model = Mulan(model_config(plan, len(found.vocabulary)))
+    batches = Batches(found.train, found.vocabulary, plan.batches, plan.seed)
+    made = Trainer(
+        model, batches, RunFolder(tmp_path / "run"), objective=plan.objective, optimizer=plan.optimizer, run=plan.run
+    )
+    recent = {}
+    before = model.blocks[23].down.weight[:2].detach().clone()
+    made._one_step(recent)
+    # Untrained, each of 2,222 words has the loss log 2.
+    assert recent["generate.entity"][0] == pytest.approx(2222 * 0.6931, rel=0.1)
+    assert not torch.equal(before, model.blocks[23].down.weight[:2])
+    assert made.words == recent["words"][0] > 2 * 24
+    assert made.flops > 6 * 361e6 * made.words  # six operations for each parameter of a block and each word
 
 
 def test_the_committed_recipe_trains_and_its_model_annotates(root, shared, tmp_path):

@@ -3,6 +3,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from scmulan.corpus.adata import take
 from scmulan.corpus.memory import CellStore
 from scmulan.language.expression import tokenize
 from scmulan.language.sentence import gene_prompts
@@ -79,3 +80,14 @@ def test_a_network_without_these_parts_is_left_as_it_is(cells):
     before = {k: v.clone() for k, v in plain.state_dict().items()}
     start_from_cells(plain, store, vocabulary, 0)
     assert all(torch.equal(before[k], v) for k, v in plain.state_dict().items())
+
+
+def test_one_kind_of_cells_gives_the_bias_alone(cells):
+    vocabulary, store, network, kind = cells
+    alone = Mulan(network.config).initialise(1)
+    before = alone.entity_head.weight.clone()
+    some = take(store, np.flatnonzero(kind == 0))
+    start_from_cells(alone, some, vocabulary, 0)
+    assert torch.equal(alone.entity_head.weight, before)
+    bias = alone.entity_bias[vocabulary.ids(Family.GENE)]
+    assert bias[:10].min() > bias[10:20].max()

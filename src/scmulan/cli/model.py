@@ -1,4 +1,4 @@
-"""``scmulan model …``: look at models, check them, import published ones."""
+"""``scmulan model …``: look at models, check them, import published ones, export training runs."""
 
 import textwrap
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from scmulan.cli import console, options
 
-app = typer.Typer(help="List, describe, import and verify models.", rich_markup_mode=None)
+app = typer.Typer(help="List, describe, import, export and verify models.", rich_markup_mode=None)
 
 Which = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name of a packaged model, or a model folder.", show_default=False)
@@ -78,6 +78,23 @@ def import_model(
     check_output(out, force, folder=True)
     about = describe_model(import_release(checkpoint, out, force=force))
     console.result({k: v for k, v in about.items() if k != "words"}, f"{_size(about)}\nwritten: {out}", as_json)
+
+
+@app.command("export")
+def export_model(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of pretrain.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT/", help="Model folder to write.", show_default=False)],
+    as_json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Turn the newest checkpoint of a training run, finished or not, into a model folder with its card."""
+    from scmulan.outputs import check_output
+    from scmulan.training.export import export_run
+
+    check_output(out, force, folder=True)
+    found = export_run(run, out, force=force)
+    text = f"{found['parameters']:,} parameters after {found['step']:,} steps, {found['words']:,} words\nwritten: {out}"
+    console.result(found, text, as_json)
 
 
 @app.command()

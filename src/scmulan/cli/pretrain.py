@@ -1,5 +1,6 @@
 """``scmulan pretrain``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,18 +25,22 @@ def pretrain(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the cells, say what would be trained, stop.")
+        bool, typer.Option("--dry-run", help="Say what would be trained and what it would cost, and stop.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a model as a recipe says.
 
     The same command continues a run that was interrupted. The finished model is the folder 'model' of the run folder.
+    Several processes: torchrun --nproc-per-node N -m scmulan pretrain RECIPE.toml
     """
     from scmulan.training.pretrain import describe, pretrain
 
     report = pretrain(recipe, out, changes=what or [], dry_run=dry_run)
+    first = os.environ.get("RANK", "0") == "0"  # of a torchrun job, one process speaks
     if report["model"] is None and not dry_run:
-        console.log("scmulan: interrupted; the same command continues from the last checkpoint")
+        if first:
+            console.log("scmulan: interrupted; the same command continues from the last checkpoint")
         raise typer.Exit(130)
-    console.result(report, describe(report), as_json)
+    if first:
+        console.result(report, describe(report), as_json)

@@ -82,3 +82,22 @@ def sentence_flops(config: "MulanConfig", words: int, *, heads_at: int = 1) -> f
     """
     body = words * forward_flops_per_word(config, context=(words + 1) / 2, heads=False)
     return body + heads_at * 4 * config.width * config.vocabulary
+
+
+def batch_flops(config: "MulanConfig", words: int, sentences: int, positions: int) -> float:
+    """Operations of forward and backward over a training batch: three times forward, nothing recomputed.
+
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    words
+        Words of all sentences together, padding left out.
+    sentences
+        Number of sentences, taken to be about equally long.
+    positions
+        Positions at which both heads are evaluated.
+    """
+    context = (words / max(1, sentences) + 1) / 2
+    body = words * forward_flops_per_word(config, context=context, heads=False)
+    return 3 * (body + positions * 4 * config.width * config.vocabulary)

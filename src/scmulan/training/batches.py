@@ -1,64 +1,38 @@
-"""Training batches: which cells, which task, which words; a pure function of (seed, step).
+"""Training batches: which cells, which task, which words; a pure function of (seed, step), on any number of ranks.
 
-Cells are drawn with weights (large studies and common types less than their share), their genes are varied the way
-studies vary (panels, depth), and pools of batches are sorted by length so that padding stays small.
+Cells are drawn with weights (large studies and common types less than their share), or every cell comes once per
+epoch. Their genes are varied the way studies vary (panels, depth). What a sentence will be is decided for many
+batches at once, from tables alone, and sentences of one length share a batch; then each rank reads its cells.
 """
 
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
-from scmulan.corpus.memory import CellStore
+from scmulan.corpus.cells import Cells
+from scmulan.corpus.order import OrderState
 from scmulan.errors import RecipeError
-from scmulan.language.expression import CellWords, tokenize
-from scmulan.language.sentence import Sentences, compose
-from scmulan.language.tasks import TASKS, Task, draw_hints
-from scmulan.language.vocabulary import METADATA, Family, Vocabulary
+from scmulan.language.tasks import TASKS, Task
+from scmulan.language.vocabulary import Family, Vocabulary
+from scmulan.training.draw import BatchConfig, Drawing, Drawn, packed
 from scmulan.training.objective import Targets
+from scmulan.training.plan import EpochPlan, WeightedPlan
+from scmulan.training.rows import row_keys, write_rows
 
+__all__ = ["Batch", "BatchConfig", "Batches"]
 
-@dataclass(kw_only=True, slots=True)
-class BatchConfig:
-    """How training sentences are made."""
-
-    cells: int = 32
-    """Most cells per batch of prompts that give the genes."""
-    generate_cells: int = 128
-    """Most cells per batch of cells to write."""
-    words: int = 8_192
-    """Most padded words per batch: batches of long sentences have fewer cells (but at least four)."""
-    tasks: dict[str, float] = field(default_factory=lambda: {"annotate": 0.45, "generate": 0.45, "locate": 0.1})
-    """Share of batches of each task."""
-    prompt_words: int = 448
-    """Most gene words in a prompt; longer cells are cut to a random subset."""
-    prompt_words_least: int = 48
-    """A batch's limit is drawn between this number and ``prompt_words``."""
-    target_words: int = 1024
-    """Most gene words read of a target; the set left to say is still the whole cell's."""
-    target_words_least: int = 16
-    """A batch's limit is drawn between this number and ``target_words``, uniform in its logarithm: the beginning of
-    a sentence, where the cell is decided, is learned from more cells than its end."""
-    positions: int = 48
-    """Positions per generated cell at which the loss is taken (0: all)."""
-    positions_total: int = 1536
-    """Positions per batch of generated cells, at most (but at least four per cell)."""
-    study_power: float = 0.5
-    """Studies are drawn in proportion to their number of cells to this power."""
-    label_power: float = 0.5
-    """Within a study, cell types are drawn in proportion to their number of cells to this power."""
-    panel: float = 0.5
-    """Chance that a prompt's genes are cut to those of another study or to a random share."""
-    thin: float = 0.5
-    """Chance that a prompt's counts are down-sampled."""
-    pool: int = 16
-    """Batches that are drawn together and sorted by length."""
+_ROWS = 5  # what a random stream is for; those of plan.py are below
 
 
 @dataclass
 class Batch:
-    """One step's sentences and what they are asked for."""
+    """One step's sentences and what they are asked for, or one rank's share of them.
+
+    ``cells`` are the places of this rank's cells, ``words`` counts its words without padding; ``all_cells`` and
+    ``all_words`` count those of all ranks. Loss weights are those of the whole batch: losses of ranks add up to its.
+    """
 
     task: str
     entity: torch.Tensor
@@ -66,6 +40,9 @@ class Batch:
     positions: torch.Tensor
     targets: Targets
     words: int
+    cells: np.ndarray
+    all_cells: int
+    all_words: int
 
 
 class Batches:
@@ -74,7 +51,7 @@ class Batches:
     Parameters
     ----------
     store
-        Training cells.
+        Training cells, in memory or on disk.
     vocabulary
         Words.
     config
@@ -83,189 +60,185 @@ class Batches:
         Everything random follows from it and the batch's number.
     satisfies
         Bool ``[V, V]``: finer words that satisfy a coarser one, or None.
+
+    Raises
+    ------
+    RecipeError
+        If a task has a share but no cell can serve it, or the order is unknown.
     """
 
     def __init__(
         self,
-        store: CellStore,
+        store: Cells,
         vocabulary: Vocabulary,
         config: BatchConfig,
         seed: int,
         satisfies: np.ndarray | None = None,
     ) -> None:
         self.store = store
-        self.lengths = store.lengths
         self.vocabulary = vocabulary
         self.config = config
         self.seed = seed
         self.satisfies = None if satisfies is None else torch.from_numpy(satisfies)
         self.gene_ids = vocabulary.ids(Family.GENE).astype(np.int32)
+        self.measured = np.ascontiguousarray(store.measured)
         self.sayable = {name: TASKS[name].sayable(vocabulary) for name in config.tasks}
-        self.weights = {name: self._cell_weights(TASKS[name]) for name in config.tasks}
-        for name, weights in self.weights.items():
-            if not weights.any():
+        self.drawing = Drawing(store, config)
+        serves = self._serves()
+        for k, name in enumerate(config.tasks):
+            if not (serves >> k & 1).any():
                 raise RecipeError(f"no training cell has what task {name!r} asks for: leave it out of batches.tasks")
+        self._plan: WeightedPlan | EpochPlan
+        if config.order == "weighted":
+            self._plan = WeightedPlan(store, serves, self.drawing, config, seed)
+        elif config.order == "epoch":
+            self._plan = EpochPlan(serves, self.drawing, config, seed)
+        else:
+            raise RecipeError(f"batches.order is {config.order!r}: expected 'weighted' or 'epoch'")
+        self._waiting: dict[tuple[int, int, int], Future[Batch]] = {}
+        self._thread: ThreadPoolExecutor | None = None
 
-    def _cell_weights(self, task: Task) -> np.ndarray:
-        """Chance of each cell for a task: zero where it does not know what the task asks for."""
-        store, config = self.store, self.config
-        usable = self.lengths > 0
-        if Family.GENE not in task.asked:
-            usable &= np.any([store.words(f) >= 0 for f in task.asked], axis=0)
-        label = np.where(store.words(Family.FINE) >= 0, store.words(Family.FINE), store.words(Family.COARSE))
-        key = store.study * (len(self.vocabulary) + 1) + label + 1
-        weights = np.zeros(len(store))
-        for study in np.unique(store.study[usable]):
-            inside = usable & (store.study == study)
-            _, group, number = np.unique(key[inside], return_inverse=True, return_counts=True)
-            w = number[group] ** (config.label_power - 1.0)
-            weights[inside] = w / w.sum() * inside.sum() ** config.study_power
-        return weights / weights.sum() if weights.any() else weights
+    def _serves(self) -> np.ndarray:
+        """Tasks that each cell can serve, a bit each, uint8: where it knows what the task asks for."""
+        serves = np.zeros(len(self.store), dtype=np.uint8)
+        some = np.asarray(self.store.lengths) > 0
+        for k, name in enumerate(self.config.tasks):
+            asked = TASKS[name].asked
+            usable = some if Family.GENE in asked else some & np.any([self.store.words(f) >= 0 for f in asked], axis=0)
+            serves |= usable.astype(np.uint8) << k
+        return serves
 
-    def batch(self, step: int) -> Batch:
-        """Batch of a step (0, 1, …)."""
-        pool, place = divmod(step, self.config.pool)
-        rng = np.random.default_rng([self.seed, pool])
-        names = list(self.config.tasks)
-        shares = np.array([self.config.tasks[n] for n in names])
-        tasks = rng.choice(names, size=self.config.pool, p=shares / shares.sum())
-        name = str(tasks[place])
-        order = np.flatnonzero(tasks == name)
-        drawn = np.random.default_rng([self.seed, pool, self.config.pool + names.index(name)])
-        cells = drawn.choice(len(self.store), size=(len(order), self._most_cells(name)), p=self.weights[name])
-        lengths = self.lengths[cells]
-        by_length = cells.ravel()[np.argsort(lengths.ravel(), kind="stable")].reshape(cells.shape)
-        mine = by_length[drawn.permutation(len(order))[np.searchsorted(order, place)]]
-        return self.make(TASKS[name], mine, np.random.default_rng([self.seed, pool, place]))
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Chance of each cell for each task, with order "weighted"."""
+        if not isinstance(self._plan, WeightedPlan):
+            raise RecipeError("cells have weights only with batches.order = 'weighted'")
+        return {name: self._plan.balance.chances(k) for k, name in enumerate(self.config.tasks)}
 
-    def _most_cells(self, task: str) -> int:
-        return self.config.cells if Family.GENE in TASKS[task].given else self.config.generate_cells
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch; with order "weighted" there is no end, and this is 0."""
+        return self._plan.steps
+
+    def state(self, step: int) -> OrderState:
+        """Four integers from which training continues with batch ``step``."""
+        epoch, step = divmod(step, self.epoch_steps) if self.epoch_steps else (0, step)
+        return OrderState(seed=self.seed, epoch=epoch, step=step, cells=len(self.store))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Batch of a step (0, 1, …), or the rows of one rank: all ranks' rows are those of the whole batch.
+
+        The next steps' are then made in the background.
+
+        Raises
+        ------
+        RecipeError
+            If there are more ranks than cells in a batch.
+        """
+        if self.config.ahead == 0:
+            return self._batch(step, rank, world)
+        made = self._waiting.pop((step, rank, world), None)
+        ahead = {(step + 1 + i, rank, world) for i in range(self.config.ahead)}
+        for key in set(self._waiting) - ahead:
+            self._waiting.pop(key).cancel()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        batch = self._batch(step, rank, world) if made is None else made.result()
+        for key in sorted(ahead - set(self._waiting)):
+            self._waiting[key] = self._thread.submit(self._batch, *key)
+        return batch
+
+    def _batch(self, step: int, rank: int, world: int) -> Batch:
+        drawn = self._plan.batch(step)
+        return self._write(drawn, self._key(step), np.arange(len(drawn))[rank::world])
+
+    def _key(self, *numbers: int) -> np.uint64:
+        return np.random.SeedSequence([self.seed, _ROWS, *numbers]).generate_state(1, np.uint64)[0]
 
     def make(self, task: Task, cells: np.ndarray, rng: np.random.Generator) -> Batch:
-        """Sentences of given cells for one task: of as many of them as ``words`` has room for."""
-        config = self.config
+        """Sentences of given cells for one task."""
+        drawn = self.drawing.draw(task, np.asarray(cells), rng)
+        return self._write(drawn, rng.integers(2**64, dtype=np.uint64), np.arange(len(cells)))
+
+    def _write(self, drawn: Drawn, key: np.uint64, rows: np.ndarray) -> Batch:
+        """Sentences of some rows of a batch."""
+        if len(rows) == 0:
+            raise RecipeError(
+                f"a batch of {len(drawn)} cells cannot be shared by more ranks: set batches.least_cells to at least "
+                "the number of ranks, and batches.words high enough"
+            )
+        task, mine, store = drawn.task, drawn.take(rows), self.store
         given = Family.GENE in task.given
-        read = self._limit(given, rng)
-        longest = min(int(self.lengths[cells].max()), read)
-        cells = rng.permutation(cells)[: max(4, config.words // max(1, longest))]
-        words = self._vary(cells, rng) if given else self._plain(cells)
-        parts, place, level = [], [], []
-        for i, cell in enumerate(cells):
-            known = {f: int(w) for f, w in zip(METADATA, self.store.metadata[cell], strict=True) if w >= 0}
-            part = slice(words.indptr[i], words.indptr[i + 1])
-            order = rng.permutation(words.indptr[i + 1] - words.indptr[i])
-            genes = self.gene_ids[words.gene[part]][order], words.level[part][order]
-            asked: list[int] = []
-            if given:
-                genes = genes[0][:read], genes[1][:read]
-                asked = list(dict.fromkeys(known[f] for f in task.asked if f in known))
-                asked = [asked[k] for k in rng.permutation(len(asked))]
-            hints = draw_hints(task, known, rng)
-            entity, value, prompt = compose(self.vocabulary, task, genes, hints, asked, rng)
-            place.append(entity[prompt:])
-            level.append(value[prompt:])
-            if not given:
-                entity, value = entity[: prompt + read], value[: prompt + read]
-            parts.append((entity, value, prompt))
-        sentences = Sentences.join(parts)
-        entity, value, lengths = sentences.padded()
-        rows, said, weight = self._positions(sentences, [len(p) for p in place], given, rng)
-        allowed = np.tile(self.sayable[task.name], (len(cells), 1))
+        n, words = len(rows), len(self.vocabulary)
+        values = store.rows(mine.cells)
+        metadata = store.metadata[mine.cells]
+        study = store.study[mine.cells]
+        hints, hint_number = packed(metadata, task.hinted)
+        asked, asked_number = packed(metadata, task.asked)
+        sampled = min(self.config.positions, max(4, self.config.positions_total // len(drawn)))
+        entity = np.zeros((n, int(mine.words.max())), dtype=np.int64)
+        value = np.zeros_like(entity)
+        prompt, length, number = (np.zeros(n, dtype=np.int64) for _ in range(3))
+        place = np.full((n, words), -1, dtype=np.int16)
+        level = np.zeros((n, words), dtype=np.uint8)
+        most = sampled if not given and sampled else entity.shape[1] + 1
+        said = np.zeros((n, most), dtype=np.int64)
+        weight = np.zeros((n, most))
+        write_rows(
+            values.data,
+            values.indices,
+            values.indptr.astype(np.int64, copy=False),
+            np.asarray(store.total[mine.cells], dtype=np.float64),
+            np.asarray(store.logged[mine.cells]),
+            self.measured,
+            self.gene_ids,
+            row_keys(key, rows),
+            mine.read,
+            mine.thin,
+            mine.panel,
+            mine.share,
+            hints,
+            hint_number,
+            mine.hint_size,
+            asked,
+            asked_number,
+            given,
+            self.vocabulary.prompts[task.name],
+            self.vocabulary.end,
+            sampled,
+            entity,
+            value,
+            prompt,
+            length,
+            place,
+            level,
+            said,
+            weight,
+            number,
+        )
+        row, column = np.nonzero(np.arange(most) < number[:, None])
+        said = said[row, column]
+        allowed = np.tile(self.sayable[task.name], (n, 1))
         if not given:
-            allowed[:, self.vocabulary.is_gene] = self.store.measured[self.store.study[cells]]
+            allowed[:, self.vocabulary.is_gene] = self.measured[study]
         return Batch(
             task=task.name,
             entity=torch.from_numpy(entity),
             value=torch.from_numpy(value),
-            positions=torch.from_numpy(rows * entity.shape[1] + sentences.prompt[rows] - 1 + said),
+            positions=torch.from_numpy(row * entity.shape[1] + prompt[row] - 1 + said),
             targets=Targets(
-                row=torch.from_numpy(rows),
+                row=torch.from_numpy(row),
                 said=torch.from_numpy(said),
-                weight=torch.from_numpy(weight),
-                place=torch.from_numpy(self._table(place, [np.arange(len(p)) for p in place], -1, np.int16)),
-                level=torch.from_numpy(self._table(place, level, 0, np.uint8)),
+                weight=torch.from_numpy((weight[row, column] / len(drawn)).astype(np.float32)),
+                place=torch.from_numpy(place),
+                level=torch.from_numpy(level),
                 end=self.vocabulary.end,
                 allowed=torch.from_numpy(allowed),
                 satisfies=self.satisfies if given else None,
-                labelled=torch.full((len(cells),), given),
+                labelled=torch.full((n,), given),
             ),
-            words=int(lengths.sum()),
+            words=int(length.sum()),
+            cells=mine.cells,
+            all_cells=len(drawn),
+            all_words=int(drawn.words.sum()),
         )
-
-    def _limit(self, given: bool, rng: np.random.Generator) -> int:
-        """Most gene words that a batch reads of a cell."""
-        config = self.config
-        if given:
-            return int(rng.integers(min(config.prompt_words_least, config.prompt_words), config.prompt_words + 1))
-        least = min(config.target_words_least, config.target_words)
-        return round(float(np.exp(rng.uniform(np.log(least), np.log(config.target_words)))))
-
-    def _positions(
-        self, sentences: Sentences, target_words: list[int], given: bool, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which target positions the loss is taken at: sentence, words said before, weight.
-
-        All where the target is a few labels. Of a long target a random sample, in which the last position (where the
-        end is due) is always present with its own share of the weight: an unbiased estimate with less noise.
-        """
-        rows, said, weight = [], [], []
-        k = min(self.config.positions, max(4, self.config.positions_total // len(target_words)))
-        for i, number in enumerate(target_words):
-            read = int(sentences.lengths[i] - sentences.prompt[i] + 1)
-            t = np.arange(min(number, read))
-            w = np.full(len(t), 1.0 / len(t))
-            if not given and 0 < k < len(t):
-                last = len(t) - 1
-                if read >= number:
-                    t = np.append(rng.choice(last, size=k - 1, replace=False), last)
-                    w = np.append(np.full(k - 1, last / number / (k - 1)), 1.0 / number)
-                else:
-                    t = rng.choice(len(t), size=k, replace=False)
-                    w = np.full(k, 1.0 / k)
-            rows.append(np.full(len(t), i))
-            said.append(t)
-            weight.append(w / len(target_words))
-        return np.concatenate(rows), np.concatenate(said), np.concatenate(weight).astype(np.float32)
-
-    def _table(self, words: list[np.ndarray], numbers: list[np.ndarray], fill: int, dtype: type) -> np.ndarray:
-        table: np.ndarray = np.full((len(words), len(self.vocabulary)), fill, dtype=dtype)
-        for i, (w, n) in enumerate(zip(words, numbers, strict=True)):
-            table[i, w] = n
-        return table
-
-    def _plain(self, cells: np.ndarray) -> CellWords:
-        rows = self.store.rows(cells)
-        return self._tokenize(rows, rows.data.copy(), self.store.total[cells], self.store.logged[cells])
-
-    def _vary(self, cells: np.ndarray, rng: np.random.Generator) -> CellWords:
-        """Words of cells as other panels and depths would have shown them."""
-        store, config = self.store, self.config
-        rows = self.store.rows(cells)
-        data = rows.data.copy()
-        total = store.total[cells].copy()
-        for i, cell in enumerate(cells):
-            part = slice(rows.indptr[i], rows.indptr[i + 1])
-            genes = rows.indices[part]
-            if rng.random() < config.thin and not store.logged[cell]:
-                share = float(np.exp(rng.uniform(np.log(0.1), 0.0)))
-                counts = rng.binomial(np.rint(data[part]).astype(np.int64), share)
-                if (counts > 0).sum() >= 20:
-                    data[part] = counts
-                    total[i] *= share
-            if rng.random() < config.panel:
-                if rng.random() < 0.5:
-                    keep = store.measured[rng.integers(len(store.studies))][genes]
-                else:
-                    drawn = rng.random(len(self.vocabulary.genes)) < rng.uniform(0.1, 1.0)
-                    keep = drawn[genes]
-                if (keep & (data[part] > 0)).sum() >= 20:
-                    data[part] = np.where(keep, data[part], 0)
-        return self._tokenize(rows, data, total, store.logged[cells])
-
-    def _tokenize(self, rows: sp.csr_matrix, data: np.ndarray, total: np.ndarray, logged: np.ndarray) -> CellWords:
-        number = np.diff(rows.indptr)
-        scale = np.repeat(1e4 / np.maximum(total, 1e-9), number)
-        data = np.where(np.repeat(logged, number), data, np.log1p(data * scale)).astype(np.float32)
-        genes = rows.shape[1]
-        matrix = sp.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape)
-        return tokenize(matrix, np.arange(genes, dtype=np.int32), genes, state="log1p")

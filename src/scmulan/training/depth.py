@@ -5,12 +5,14 @@ measured afterwards: for each kind of training cell (a type of a study) its mean
 that the model expects in the genes which that study measured, and from these ratios a factor for each metadata word.
 """
 
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from scmulan.corpus.memory import CellStore
+from scmulan.corpus.cells import Cells
 from scmulan.language.vocabulary import METADATA, Family, Vocabulary
 from scmulan.model.transformer import Mulan
 from scmulan.training.start import kinds
@@ -20,8 +22,62 @@ RIDGE = 0.5
 COMMON = 0.5
 
 
+@dataclass
+class Kinds:
+    """What there is to know about kinds of cells for :func:`depth_of`; a few numbers each, so that a run can keep them.
+
+    Parameters
+    ----------
+    has
+        Bool ``[kinds, V]``: metadata words that most cells of a kind have: its prompt.
+    cells, genes, spread
+        ``[kinds]``: cells, their mean number of gene words, and the variance of its logarithm.
+    measured
+        Bool ``[kinds, genes]``: what the kind's study could have seen.
+    """
+
+    has: np.ndarray
+    cells: np.ndarray
+    genes: np.ndarray
+    spread: np.ndarray
+    measured: np.ndarray
+
+    @classmethod
+    def of(cls, store: Cells, words: int) -> "Kinds | None":
+        """Kinds of a store's cells, with the number of words of the vocabulary; None where there are none."""
+        groups = kinds(store)
+        if not groups:
+            return None
+        has = np.zeros((len(groups), words), dtype=bool)
+        genes, spread = np.zeros(len(groups)), np.zeros(len(groups))
+        for i, cells in enumerate(groups):
+            metadata = store.metadata[cells]
+            common = [w for w in np.unique(metadata[metadata >= 0]) if (metadata == w).any(1).mean() > COMMON]
+            has[i, common] = True
+            seen = store.lengths[cells].clip(min=1)
+            genes[i], spread[i] = seen.mean(), np.log(seen).var()
+        number = np.array([len(cells) for cells in groups])
+        measured = store.measured[[store.study[cells[0]] for cells in groups]]
+        return cls(has=has, cells=number, genes=genes, spread=spread, measured=measured)
+
+    def save(self, path: Path) -> None:
+        """Write to an npz file."""
+        np.savez_compressed(path, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Kinds":
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(**{name: file[name] for name in file.files})
+
+
+def measure_depth(model: Mulan, store: Cells, vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """Log-factors for the number of genes of generated cells, for a model's card; None without bounded genes."""
+    return depth_of(model, Kinds.of(store, len(vocabulary)), vocabulary)
+
+
 @torch.inference_mode()
-def measure_depth(model: Mulan, store: CellStore, vocabulary: Vocabulary) -> dict[str, Any] | None:
+def depth_of(model: Mulan, groups: Kinds | None, vocabulary: Vocabulary) -> dict[str, Any] | None:
     """Log-factors for the number of genes of generated cells, for a model's card; None without bounded genes.
 
     Returns
@@ -30,23 +86,17 @@ def measure_depth(model: Mulan, store: CellStore, vocabulary: Vocabulary) -> dic
         ``base``; ``words``: by family, by word; ``spread``: standard deviation of the logarithm of the number of genes
         among cells of one kind. A prompt's factor is exp(base + the sum over its words).
     """
-    groups = kinds(store)
-    if not model.config.bounded_genes or not groups:
+    if not model.config.bounded_genes or groups is None:
         return None
-    number = store.lengths
     genes = vocabulary.ids(Family.GENE)
-    has = np.zeros((len(groups), len(vocabulary)))
-    ratio, spread = np.zeros(len(groups)), []
-    for i, cells in enumerate(groups):
-        metadata = store.metadata[cells]
-        common = [w for w in np.unique(metadata[metadata >= 0]) if (metadata == w).any(1).mean() > COMMON]
-        has[i, common] = 1
-        prompt = torch.tensor([[*common, vocabulary.prompts["generate"]]], device=model.word.weight.device)
+    has = groups.has.astype(float)
+    ratio = np.zeros(len(has))
+    for i, common in enumerate(groups.has):
+        known = [*np.flatnonzero(common).tolist(), vocabulary.prompts["generate"]]
+        prompt = torch.tensor([known], device=model.word.weight.device)
         chance = model.entity_logits(model(prompt, torch.zeros_like(prompt))[0, -1])[genes].sigmoid().cpu().numpy()
-        seen = number[cells].clip(min=1)
-        ratio[i] = np.log(seen.mean() / chance[store.measured[store.study[cells[0]]]].sum())
-        spread.append(np.log(seen).var())
-    weight = np.sqrt([len(cells) for cells in groups])
+        ratio[i] = np.log(groups.genes[i] / chance[groups.measured[i]].sum())
+    weight = np.sqrt(groups.cells)
     words = np.flatnonzero(has.any(0))
     base = float((weight * ratio).sum() / weight.sum())
     told = has[:, words] * np.sqrt(weight)[:, None]
@@ -60,5 +110,5 @@ def measure_depth(model: Mulan, store: CellStore, vocabulary: Vocabulary) -> dic
             }
             for family in METADATA
         },
-        "spread": round(float(np.sqrt(np.mean(spread))), 4),
+        "spread": round(float(np.sqrt(groups.spread.mean())), 4),
     }

@@ -2,8 +2,8 @@
 
 Both objectives read the same table: ``place[b, v]`` is the place of word v in the target of sentence b (−1 where it
 is none), so the set still to be said before target t is ``place > t − 1``, and no positions × words target is ever
-kept. Heads and losses are computed in chunks of positions, and those of more than a few chunks again in the backward
-pass, so memory does not grow with the number of positions.
+kept. Heads, losses and their gradients are computed in chunks of positions (:mod:`scmulan.training.fused`), so memory
+does not grow with the number of positions.
 
 * *published* (scMulan): vocabulary × mean binary cross-entropy of all words against the set, plus 200 × the mean
   squared error of the value head over the words of the set.
@@ -16,15 +16,12 @@ Shape letters: N target positions, B sentences, W width, V vocabulary.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from scmulan.model.transformer import Mulan
+from scmulan.training.fused import FusedLoss, Lists, Work
 
 Objective = Literal["published", "next_word"]
-KEPT_CHUNKS = 3
 
 
 @dataclass(kw_only=True)
@@ -40,7 +37,7 @@ class Targets:
     weight
         float ``[N]``: weight of each position in the loss; sums to one for a plain mean.
     place
-        int16 ``[B, V]``: place of each word in its sentence's target, −1 where it is not in it.
+        int16 ``[B, V]``: place of each word in its sentence's target, −1 where it is not in it; the end is last.
     level
         uint8 ``[B, V]``: value of each target word.
     end
@@ -73,7 +70,8 @@ def objective_loss(
     *,
     objective: Objective,
     value_weight: float,
-    chunk: int = 512,
+    chunk: int | None = None,
+    pairs: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Entity and value loss of target positions; the total is ``entity + value_weight × value``.
 
@@ -90,78 +88,32 @@ def objective_loss(
     value_weight
         200 in the publication; 1 makes the next-word total a negative log-likelihood in nats.
     chunk
-        Positions per chunk.
+        Positions per chunk; by default as many as the cache holds.
+    pairs
+        Pairs of position and word over which the published value loss is a mean (see :func:`value_pairs`): those of
+        all parts, where a batch is shared out; by default those of these targets.
 
     Returns
     -------
     tuple of Tensor
-        Entity loss and (unweighted) value loss, scalars.
+        Entity loss and (unweighted) value loss, scalars; their gradient can be asked for in that sum only.
     """
-    entity = hidden.new_zeros(())
-    value = hidden.new_zeros(())
-    pairs = hidden.new_zeros(())
-    step = _published_chunk if objective == "published" else _next_word_chunk
-    # A few chunks are cheaper to keep than to compute twice.
-    keep = len(hidden) <= KEPT_CHUNKS * chunk
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        arguments = (model, hidden[part], targets, part, value_weight > 0)
-        e, v, n = step(*arguments) if keep else checkpoint(step, *arguments, use_reentrant=False)
-        entity, value, pairs = entity + e, value + v, pairs + n
-    if objective == "published":
-        value = value / pairs.clamp(min=1)
+    work = Work(
+        model=model,
+        targets=targets,
+        lists=Lists.of(targets.place, targets.end),
+        objective=objective,
+        value_weight=value_weight,
+        pairs=max(1.0, value_pairs(targets) if pairs is None else pairs),
+        chunk=chunk,
+    )
+    values = model.value_head.weight, model.value_bias, None if objective == "published" else model.log_scale
+    heads = model.entity_head.weight, model.entity_bias, *(values if value_weight else (None, None, None))
+    entity, value = FusedLoss.apply(hidden, *heads, work)
     return entity, value
 
 
-def _published_chunk(
-    model: Mulan, hidden: Tensor, targets: Targets, part: slice, with_value: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    row, said, weight = targets.row[part], targets.said[part], targets.weight[part]
-    logits = model.entity_logits(hidden)
-    left = targets.place[row] >= said[:, None]
-    # BCE with logits against a set is Σ softplus(z) − Σ_{in the set} z; V × its mean over V words is that sum.
-    entity = ((F.softplus(logits) - logits * left).sum(1) * weight).sum()
-    if not with_value:
-        return entity, entity.new_zeros(()), entity.new_zeros(())
-    error = (model.value_mean(hidden) - targets.level[row]).square() * left
-    return entity, error.sum(), left.sum().to(entity.dtype)
-
-
-def _next_word_chunk(
-    model: Mulan, hidden: Tensor, targets: Targets, part: slice, with_value: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    row, said, weight = targets.row[part], targets.said[part], targets.weight[part]
-    place = targets.place[row]
-    left = place >= said[:, None]
-    # A word is said once, in decoding as here: without this the losses would not be those of a distribution over sets.
-    excluded = (place >= 0) & ~left
-    if targets.allowed is not None:
-        excluded |= ~targets.allowed[row]
-    logits = model.entity_logits(hidden)
-    if model.config.bounded_genes:
-        weights = model.log_weights(logits, targets.end)
-        labelled = targets.labelled
-        logits = weights if labelled is None else torch.where(labelled[row][:, None], logits, weights)
-    logits = logits.masked_fill(excluded, -torch.inf)
-    left[:, targets.end] &= left.sum(1) == 1
-    number = left.sum(1)
-    n, v = left.nonzero(as_tuple=True)
-    log_probs = logits - logits.logsumexp(1, keepdim=True)
-    picked = log_probs[n, v]
-    if targets.satisfies is not None and targets.labelled is not None:
-        finer = targets.labelled[row[n]] & (targets.satisfies[v].sum(1) > 1)
-        if finer.any():
-            allowed = targets.satisfies[v[finer]]
-            picked = picked.masked_scatter(finer, log_probs[n[finer]].masked_fill(~allowed, -torch.inf).logsumexp(1))
-    entity = -(picked * (weight / number)[n]).sum()
-    if not with_value:
-        return entity, entity.new_zeros(()), entity.new_zeros(())
-    level = targets.level[row[n], v].long()
-    gene = level > 0
-    n, v, level = n[gene], v[gene], level[gene]
-    mean = model.value_mean(hidden)[n, v]
-    if model.log_scale is None:
-        loss = (mean - level).square()
-    else:
-        loss = -model.level_log_probs(mean, v).gather(1, (level - 1)[:, None])[:, 0]
-    return entity, (loss * (weight / number)[n]).sum(), entity.new_zeros(())
+def value_pairs(targets: Targets) -> float:
+    """Pairs of position and word still to be said: what the published value loss is a mean over."""
+    number = (targets.place >= 0).sum(1)[targets.row] - targets.said
+    return float(number[targets.weight > 0].sum())

@@ -1,25 +1,34 @@
-"""``scmulan pretrain RECIPE.toml``: from a recipe to a model folder."""
+"""``scmulan pretrain RECIPE.toml``: from a recipe to a model folder, alone or as one process of a torchrun job."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import scmulan
-from scmulan.corpus.memory import CellStore, StudyCells, build_store, build_vocabulary, read_studies
+from scmulan.corpus.cells import Cells
+from scmulan.corpus.memory import StudyCells, build_store, build_vocabulary, read_studies
+from scmulan.errors import RecipeError
 from scmulan.language.ontology import Ontology
-from scmulan.language.vocabulary import METADATA, Family, Vocabulary
-from scmulan.model.checkpoint import save_model
-from scmulan.model.transformer import Mulan, MulanConfig
+from scmulan.language.vocabulary import Family, Vocabulary
+from scmulan.model.cost import parameters
+from scmulan.model.folder import sha256
+from scmulan.model.gemm import faster_precision, gemm_rates
+from scmulan.model.transformer import Mulan
 from scmulan.training.batches import Batches
-from scmulan.training.depth import measure_depth
-from scmulan.training.loop import Trainer, read_log
-from scmulan.training.recipe import Recipe, read_recipe
+from scmulan.training.estimate import describe_estimate, estimate
+from scmulan.training.export import export_run, file_manifest, model_config, remember_cells
+from scmulan.training.loop import Trainer
+from scmulan.training.parallel import Ranks, joined, whole_network
+from scmulan.training.recipe import Recipe, from_mapping, read_recipe
 from scmulan.training.start import start_from_cells
 from scmulan.training.state import RunFolder
 from scmulan.training.validate import validate
+
+# What may differ when a run is continued.
+FREE = ("run", "name", "description")
 
 
 def label_relations(vocabulary: Vocabulary) -> np.ndarray:
@@ -34,6 +43,71 @@ def label_relations(vocabulary: Vocabulary) -> np.ndarray:
         if len(ids):
             out[np.ix_(ids, ids)] = ontology.label_matrix(vocabulary.names(family))
     return out
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Cells of a run.
+
+    Parameters
+    ----------
+    vocabulary
+        Words.
+    train, watch
+        Cells to train on, and held-out ones to watch (or None).
+    manifest
+        Where the training cells came from, with hashes.
+    """
+
+    vocabulary: Vocabulary
+    train: Cells
+    watch: Cells | None
+    manifest: list[dict[str, Any]]
+
+
+def read_data(plan: Recipe, base: Path) -> Data:
+    """Cells that a recipe names: h5ad files in memory, or a corpus on disk with its own vocabulary and split."""
+    corpus = plan.corpus(base)
+    if corpus is not None:
+        from scmulan.corpus.store import MANIFEST, Corpus
+
+        store = Corpus(corpus)
+        if plan.vocabulary.file and _named_vocabulary(plan, base) != store.vocabulary:
+            raise RecipeError(
+                f"{corpus}: its words are not those of vocabulary.file ({plan.vocabulary.file}); build the corpus with "
+                "that vocabulary, or leave the setting out"
+            )
+        split = plan.corpus_split(base)
+        source = {"corpus": corpus.name, "sha256": sha256(corpus / MANIFEST)}
+        return Data(
+            vocabulary=store.vocabulary,
+            train=store.subset("train", split),
+            watch=store.subset("validation", split) if plan.run.validate_every else None,
+            manifest=[
+                source,
+                *({k: v for k, v in study.items() if k != "path"} for study in store.manifest["studies"]),
+            ],
+        )
+    studies = read_studies(plan.studies(base))
+    vocabulary = _vocabulary(plan, studies, base)
+    watched = plan.validation_studies(base)
+    return Data(
+        vocabulary=vocabulary,
+        train=build_store(studies, vocabulary),
+        watch=build_store(read_studies(watched), vocabulary) if watched else None,
+        manifest=file_manifest(studies),
+    )
+
+
+def _vocabulary(plan: Recipe, studies: Sequence[StudyCells], base: Path) -> Vocabulary:
+    if plan.vocabulary.file:
+        return _named_vocabulary(plan, base)
+    return build_vocabulary(studies, plan.vocabulary.genes)
+
+
+def _named_vocabulary(plan: Recipe, base: Path) -> Vocabulary:
+    there = plan.vocabulary.file == "published"
+    return Vocabulary.published() if there else Vocabulary.load(base / plan.vocabulary.file)
 
 
 def pretrain(
@@ -54,120 +128,103 @@ def pretrain(
     changes
         Settings that win over the file's: ``"optimizer.steps=200"``.
     dry_run
-        Read the cells and report what would be trained, without training.
+        Report what would be trained and what it would cost, without reading the cells' matrices.
 
     Returns
     -------
     dict
-        ``model`` (folder, or None when interrupted or dry), ``parameters``, ``cells``, ``steps``, ``words``.
+        ``model`` (folder, or None when interrupted or dry), ``parameters``, ``cells``, ``steps``, ``words``; of a dry
+        run also what :func:`scmulan.training.estimate.estimate` found.
     """
     path = Path(recipe)
     plan = read_recipe(path, changes)
-    studies = read_studies(plan.studies(path.parent))
-    vocabulary = _vocabulary(plan, studies, path.parent)
-    store = build_store(studies, vocabulary)
-    config = MulanConfig(vocabulary=len(vocabulary), **_shape(plan))
-    model = Mulan(config).initialise(plan.seed)
-    start_from_cells(model, store, vocabulary, plan.seed)
-    relations = label_relations(vocabulary) if plan.objective.ontology else np.eye(len(vocabulary), dtype=bool)
-    batches = Batches(store, vocabulary, plan.batches, plan.seed, relations if plan.objective.ontology else None)
-    report: dict[str, Any] = {
-        "model": None,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "cells": len(store),
-        "genes": len(vocabulary.genes),
-        "steps": plan.optimizer.steps,
-        "words": 0,
-    }
     if dry_run:
+        return {"model": None, "words": 0, **estimate(plan, path.parent, int(os.environ.get("WORLD_SIZE", 1)))}
+    with joined(plan.run.timeout_seconds) as ranks:
+        return _train(plan, path.parent, Path(out) if out is not None else Path("runs") / plan.name, ranks)
+
+
+def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    def claimed() -> RunFolder:
+        folder = RunFolder(out)
+        ranks.together(lambda: folder.claim(plan.to_json(), free=FREE, complete=_completed))
+        return folder
+
+    # A folder in use is refused before any cell is read; a new one is made when the cells are known to be good.
+    there = ranks.same((out / "recipe.json").is_file())
+    folder = claimed() if there else None
+    data = read_data(plan, base)
+    folder = folder or claimed()
+    try:
+        vocabulary = data.vocabulary
+        ranks.together(lambda: remember_cells(folder.path, data.manifest, data.train, vocabulary))
+        config = model_config(plan, len(vocabulary))
+        model = Mulan(config).initialise(plan.seed)
+        start_from_cells(model, data.train, vocabulary, plan.seed)
+        relations = label_relations(vocabulary) if plan.objective.ontology else np.eye(len(vocabulary), dtype=bool)
+        run, ceiling = _with_precision(plan, model, folder, ranks)
+        trainer = Trainer(
+            model,
+            Batches(data.train, vocabulary, plan.batches, plan.seed, relations if plan.objective.ontology else None),
+            folder,
+            objective=plan.objective,
+            optimizer=plan.optimizer,
+            run=run,
+            validate=_watching(plan, data, relations, ranks),
+            ranks=ranks,
+            ceiling=ceiling,
+        )
+        trainer.resume()
+        report: dict[str, Any] = {
+            "model": None,
+            "parameters": parameters(config),
+            "cells": len(data.train),
+            "genes": len(vocabulary.genes),
+            "steps": plan.optimizer.steps,
+        }
+        if trainer.train():
+            report["model"] = ranks.together(lambda: export_run(folder.path, folder.path / "model", force=True))[
+                "model"
+            ]
+        report["words"] = trainer.words
         return report
-    folder = RunFolder(Path(out) if out is not None else Path("runs") / plan.name)
-    folder.claim(plan.to_json())
-    vocabulary.save(folder.path / "vocabulary.json")
-    watched = plan.validation_studies(path.parent)
-    watch = build_store(read_studies(watched), vocabulary) if watched else None
-    trainer = Trainer(
-        model,
-        batches,
-        folder,
-        objective=plan.objective,
-        optimizer=plan.optimizer,
-        run=plan.run,
-        validate=None if watch is None else lambda m: validate(m, watch, vocabulary, relations),
-    )
-    trainer.resume()
-    if trainer.train():
-        card = training_card(plan, studies, store, vocabulary, trainer)
-        target = folder.path / "model"
-        save_model(target, model.eval(), vocabulary, card, dtype=torch.float16, force=True)
-        report["model"] = str(target)
-    report["words"] = trainer.words
-    return report
+    finally:
+        folder.release()
 
 
-def _vocabulary(plan: Recipe, studies: Sequence[StudyCells], base: Path) -> Vocabulary:
-    if plan.vocabulary.file == "published":
-        return Vocabulary.published()
-    if plan.vocabulary.file:
-        return Vocabulary.load(base / plan.vocabulary.file)
-    return build_vocabulary(studies, plan.vocabulary.genes)
+def _completed(raw: dict[str, Any]) -> dict[str, Any]:
+    return from_mapping(Recipe, raw, "recipe.json").to_json()
 
 
-def _shape(plan: Recipe) -> dict[str, Any]:
-    return {f: getattr(plan.model, f) for f in plan.model.__dataclass_fields__}
+def _watching(
+    plan: Recipe, data: Data, relations: np.ndarray, ranks: Ranks
+) -> Callable[[Mulan], dict[str, float]] | None:
+    watch = data.watch
+    if watch is None:
+        return None
+    return lambda model: validate(
+        whole_network(model), watch, data.vocabulary, relations, batches=plan.batches, objective=plan.objective,
+        most=plan.run.validate_cells, seed=plan.seed, ranks=ranks,
+    )  # fmt: skip
 
 
-def training_card(
-    plan: Recipe, studies: Sequence[StudyCells], store: CellStore, vocabulary: Vocabulary, trainer: Trainer
-) -> dict[str, Any]:
-    """What a model's user has to know about how it was made."""
-    log = read_log(trainer.log_path)
-    checks = [line for line in log if "validation" in line]
-    seen = store.lengths > 0
-    label = store.words(Family.FINE)
-    counts = {vocabulary.words[w]: int((label == w).sum()) for w in vocabulary.ids(Family.FINE)}
-    return {
-        "name": plan.name,
-        "description": plan.description,
-        "made_by": f"scmulan {scmulan.__version__}, torch {torch.__version__}",
-        "objective": plan.objective.name,
-        "recipe": {k: v for k, v in plan.to_json().items() if k not in ("data", "validation")},
-        "data": [
-            {
-                "study": s.spec.name,
-                "file": s.spec.file.name,
-                "sha256": s.sha256,
-                "cells": len(s.total),
-                "genes_resolved": len(s.genes),
-                "matrix": s.state,
-            }
-            for s in studies
-        ],
-        "cells": len(store),
-        "cells_with_words": int(seen.sum()),
-        "cell_types": counts,
-        "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
-        "covered": store.covered(),
-        "depth": measure_depth(trainer.model.eval(), store, vocabulary),
-        "steps": trainer.step,
-        "words_read": trainer.words,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "validation": checks[-1]["validation"] if checks else None,
-        "not_trained_on": "validation studies are watched only; no test study was read",
-        "final_losses": {k: v for k, v in _last(log).items() if "entity" in k or "value" in k},
-    }
+def _with_precision(plan: Recipe, model: Mulan, folder: RunFolder, ranks: Ranks) -> tuple[Any, float]:
+    """``run`` with a precision decided on, and the ceiling of matrix products in it over all processes.
+
+    A run that is continued keeps the precision that "auto" chose at its start.
+    """
+    rates = gemm_rates(model.config, ranks.device)
+    precision = plan.run.precision
+    if precision == "auto":
+        precision = ranks.same(folder.last_facts().get("precision") or faster_precision(rates))
+    (ceiling,) = ranks.total(rates[precision])
+    return replace(plan.run, precision=precision), ceiling
 
 
-def _last(log: list[dict[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for line in log:
-        if "validation" not in line:
-            out.update(line)
-    return out
-
-
-def describe(report: dict[str, Any]) -> str:
+def describe(report: Mapping[str, Any]) -> str:
     """Report of :func:`pretrain` in a few lines."""
+    if "flops_total" in report:
+        return describe_estimate(report)
     if report["model"] is None:
         return (
             f"{report['parameters']:,} parameters, {report['genes']:,} genes, {report['cells']:,} cells, "

@@ -1,6 +1,7 @@
 """A training run as one reviewable TOML file; every setting has a default, unknown ones are refused."""
 
 import dataclasses
+import importlib.util
 import json
 import tomllib
 import types
@@ -93,7 +94,17 @@ class RunSection:
     """How the run behaves."""
 
     precision: str = "fp32"
-    """"fp32" or "bf16" (autocast)."""
+    """"fp32", "bf16" (autocast), or "auto": the faster one, by timing a few matrix products of the model's shapes."""
+    parallel: str = "ddp"
+    """How the processes of a torchrun job work together: "ddp" (each holds all weights) or "fsdp" (``fully_shard``)."""
+    accumulate: int = 1
+    """Parts into which each process cuts its share of a batch: less memory, the same step."""
+    recompute: bool = False
+    """Activation checkpointing: blocks are computed again in the backward pass; a third more work, far less memory."""
+    timeout_seconds: float = 60.0
+    """How long a process waits for another one before the job ends."""
+    tensorboard: bool = False
+    """Whether the log is also written for TensorBoard."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     keep: int = 2
@@ -102,6 +113,8 @@ class RunSection:
     """Steps between lines of the log."""
     validate_every: int = 500
     """Steps between validations (0: never)."""
+    validate_cells: int = 4000
+    """Held-out cells that a validation reads, at most."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,9 +140,25 @@ class Recipe:
     run: RunSection = field(default_factory=RunSection)
     """Behaviour."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Training cells, see :mod:`scmulan.corpus.spec`."""
+    """Training cells: h5ad files, see :mod:`scmulan.corpus.spec`; or ``corpus``, a folder that ``scmulan corpus build``
+    wrote, with its own vocabulary, and ``split``, a file of ``scmulan corpus split`` (default: the corpus' own)."""
     validation: dict[str, Any] = field(default_factory=dict)
     """Cells of other studies to watch, in the same form; may be left out."""
+
+    def corpus(self, base: Path) -> Path | None:
+        """Corpus folder that is trained on, or None where it is files."""
+        if "corpus" not in self.data:
+            return None
+        unknown = set(self.data) - {"corpus", "split"}
+        if unknown:
+            raise RecipeError(
+                f"[data]: {sorted(unknown)[0]!r} beside corpus: a corpus has its studies and words already"
+            )
+        return (base / self.data["corpus"]).resolve()
+
+    def corpus_split(self, base: Path) -> Path | None:
+        """Split file of the corpus, or None for its own."""
+        return (base / self.data["split"]).resolve() if "split" in self.data else None
 
     def studies(self, base: Path) -> list[StudySpec]:
         """Training files; relative paths start at ``base``, the recipe's folder."""
@@ -150,8 +179,14 @@ class Recipe:
         """Refuse settings that cannot work."""
         if self.objective.name not in ("next_word", "published"):
             raise RecipeError(f"objective {self.objective.name!r} is unknown: expected 'next_word' or 'published'")
-        if self.run.precision not in ("fp32", "bf16"):
-            raise RecipeError(f"precision {self.run.precision!r} is unknown: expected 'fp32' or 'bf16'")
+        if self.run.precision not in ("fp32", "bf16", "auto"):
+            raise RecipeError(f"precision {self.run.precision!r} is unknown: expected 'fp32', 'bf16' or 'auto'")
+        if self.run.parallel not in ("ddp", "fsdp"):
+            raise RecipeError(f"run.parallel {self.run.parallel!r} is unknown: expected 'ddp' or 'fsdp'")
+        if self.run.accumulate < 1:
+            raise RecipeError(f"run.accumulate is {self.run.accumulate}: expected at least 1")
+        if self.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise RecipeError("run.tensorboard: the package is missing; pip install 'scmulan[tensorboard]'")
         if self.optimizer.steps < 1:
             raise RecipeError(f"optimizer.steps is {self.optimizer.steps}: expected at least 1")
         return self

@@ -8,18 +8,20 @@ step 0; training starts from there instead of finding it out from noisy batches.
 """
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
-from scmulan.corpus.memory import CellStore
+from scmulan.corpus.cells import Cells
 from scmulan.language.vocabulary import Family, Vocabulary
 from scmulan.model.transformer import Mulan
 
 LEAST_CELLS = 5
 CLIP = 4.0
 RIDGE = 1.0
+CHUNK = 16_384
 
 
-def start_from_cells(model: Mulan, store: CellStore, vocabulary: Vocabulary, seed: int) -> None:
+def start_from_cells(model: Mulan, store: Cells, vocabulary: Vocabulary, seed: int) -> None:
     """Set the word bias, and the vectors of words in head and set state, from the training cells.
 
     Parameters
@@ -34,12 +36,12 @@ def start_from_cells(model: Mulan, store: CellStore, vocabulary: Vocabulary, see
     if model.entity_bias is None or model.set_state is None:
         return
     genes = vocabulary.ids(Family.GENE)
-    seen = (store.matrix > 0).astype(np.float32).tocsr()
-    bias = _log_odds(
-        np.asarray(seen.sum(0)).ravel(), (np.bincount(store.study, minlength=len(store.studies)) @ store.measured)
-    )
     groups = kinds(store)
-    odds = np.stack([_log_odds(np.asarray(seen[cells].sum(0)).ravel(), len(cells)) for cells in groups]) - bias
+    if not groups:
+        return
+    seen, seen_in = count_detections(store, groups)
+    bias = _log_odds(seen, np.bincount(store.study, minlength=len(store.studies)) @ store.measured)
+    odds = np.stack([_log_odds(number, len(cells)) for number, cells in zip(seen_in, groups, strict=True)]) - bias
     odds[~store.measured[[store.study[cells[0]] for cells in groups]]] = 0.0
     weight = np.array([len(cells) for cells in groups], dtype=float) ** 0.25
     odds = np.clip(odds, -CLIP, CLIP)
@@ -49,6 +51,10 @@ def start_from_cells(model: Mulan, store: CellStore, vocabulary: Vocabulary, see
     place = (u[:, :rank] * size[:rank] / weight[:, None]) @ turn  # kinds × width
     vectors = axes[:rank].T @ turn  # genes × width
     typical = np.linalg.norm(place, axis=1).mean()
+    if typical < 1e-6:  # one kind of cell: nothing tells it from others
+        with torch.no_grad():
+            model.entity_bias[genes] = torch.from_numpy(bias).float()
+        return
     # The average cell's genes should say nothing: what is left of a bag of genes is how the cell differs from it.
     share = 1 / (1 + np.exp(-bias))
     apart = vectors - (share @ vectors) / share.sum()
@@ -75,13 +81,28 @@ def start_from_cells(model: Mulan, store: CellStore, vocabulary: Vocabulary, see
         model.set_state.out.weight[:, 2 * width :] *= 3
 
 
-def _share_of_words(store: CellStore, cells: np.ndarray, words: int) -> np.ndarray:
+def count_detections(store: Cells, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """In how many cells each gene is seen, and in how many of each group: ``[genes]``, ``[groups, genes]``."""
+    group = np.full(len(store), len(groups))
+    for number, cells in enumerate(groups):
+        group[cells] = number
+    seen = np.zeros((len(groups) + 1, store.measured.shape[1]))
+    for start in range(0, len(store), CHUNK):
+        cells = np.arange(start, min(start + CHUNK, len(store)))
+        rows = store.rows(cells)
+        member = sp.csr_matrix((np.ones(len(cells)), (group[cells], np.arange(len(cells)))), (len(seen), len(cells)))
+        rows.data = (rows.data > 0).astype(np.float64)
+        seen += (member @ rows).toarray()
+    return seen.sum(0), seen[:-1]
+
+
+def _share_of_words(store: Cells, cells: np.ndarray, words: int) -> np.ndarray:
     """Share of the cells that have each metadata word."""
     metadata = store.metadata[cells]
     return np.bincount(metadata[metadata >= 0], minlength=words) / len(cells)
 
 
-def kinds(store: CellStore) -> list[np.ndarray]:
+def kinds(store: Cells) -> list[np.ndarray]:
     """Cells of each fine type of each study; the rest of a study is one more kind."""
     label = store.words(Family.FINE)
     out = []

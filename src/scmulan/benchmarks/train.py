@@ -1,0 +1,239 @@
+"""How much of the machine's matrix products training reaches, and what goes elsewhere.
+
+Operations are those that the computation needs (:func:`scmulan.model.cost.batch_flops`); the ceiling is the best matrix
+product of the same run.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+
+from scmulan.benchmarks.ceiling import machine
+from scmulan.corpus.memory import CellStore
+from scmulan.language.vocabulary import METADATA, Family, Vocabulary
+from scmulan.model.cost import batch_flops
+from scmulan.model.transformer import Mulan, MulanConfig
+from scmulan.training.batches import Batch, BatchConfig, Batches
+from scmulan.training.estimate import synthetic_batch, typical_step
+from scmulan.training.loop import batch_loss, make_optimizer
+from scmulan.training.recipe import ObjectiveSection, OptimizerSection
+
+TARGETS = {"share_of_ceiling_368m": 0.60, "share_of_ceiling_mini": 0.35}
+# The small model that ships, and its recipe's batches.
+MINI = MulanConfig(
+    layers=3, heads=4, width=128, set_state=True, value_spread=True, word_bias=True, bounded_genes=True, dropout=0.1
+)
+MINI_BATCHES = {"tasks": {"annotate": 0.66, "generate": 0.28, "locate": 0.06}, "positions_total": 1024}
+# The batch of recipes/scmulan-368m.toml, all of whose words are read.
+LARGE_CELLS = 408
+LARGE_BATCHES = BatchConfig(
+    cells=LARGE_CELLS, generate_cells=LARGE_CELLS, words=10**9, prompt_words=1550, prompt_words_least=1550,
+    target_words=1550, target_words_least=1550, positions=0,
+)  # fmt: skip
+
+
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Measure a few steps of the published shape and of the small model.
+
+    Returns
+    -------
+    dict
+        ``share_of_ceiling_368m``, ``share_of_ceiling_mini`` (forward, backward and optimiser), ``padding`` (share of a
+        pool's words), ``optimizer_share`` (the larger one, of mini's steps and of a recipe's step at 368 M),
+        ``loss_memory_ratio``, the figures behind them, and ``profile`` of what falls short of its target.
+    """
+    about = machine(quick=quick)
+    ceiling = about["gemm_gflops"]["fp32"] * 1e9  # type: ignore[index]
+    mini, mini_profile = _mini(quick, ceiling)
+    large, large_profile = _large(quick, ceiling)
+    dense, chunked = (_loss_memory(form, quick) for form in ("dense", "chunked"))
+    found: dict[str, Any] = {
+        "machine": about,
+        "share_of_ceiling_368m": large["share"],
+        "share_of_ceiling_mini": mini["share"],
+        "padding": mini["padding"],
+        "optimizer_share": max(mini["optimizer_share"], large["optimizer_share"]),
+        "loss_memory_ratio": round(chunked / dense, 4),
+        "loss_mib": {"dense": round(dense / 2**20), "chunked": round(chunked / 2**20)},
+        "mini": mini,
+        "large": large,
+    }
+    profiles = {"share_of_ceiling_mini": mini_profile, "share_of_ceiling_368m": large_profile}
+    short = {name: profiles[name] for name, target in TARGETS.items() if found[name] < target}
+    return found | ({"profile": short} if short else {})
+
+
+def _mini(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
+    """Steps of the small model on cells of realistic lengths."""
+    vocabulary, store = made_up_cells()
+    config = replace(MINI, vocabulary=len(vocabulary))
+    batches = Batches(store, vocabulary, BatchConfig(**MINI_BATCHES), 0)  # type: ignore[arg-type]
+    objective = ObjectiveSection()
+    model = Mulan(config).initialise(0)
+    optimizer = make_optimizer(model, OptimizerSection())
+    pool = range(16 if quick else batches.config.pool)
+    steps = [batches.batch(i) for i in pool]
+    padding = 1 - sum(b.words for b in steps) / sum(b.entity.numel() for b in steps)
+    timed = _some_of_each(steps, 1 if quick else 4)
+    _step(model, optimizer, timed[0], objective)
+    flops, seconds, optimizing = 0.0, 0.0, 0.0
+    for batch in timed:
+        # A task counts as often as it comes.
+        weight = sum(b.task == batch.task for b in steps) / sum(b.task == batch.task for b in timed)
+        took, update = min(_step(model, optimizer, batch, objective) for _ in range(2))
+        flops += weight * batch_flops(config, batch.words, len(batch.entity), len(batch.positions))
+        seconds, optimizing = seconds + weight * took, optimizing + weight * update
+    figures = {
+        "share": round(flops / seconds / ceiling, 4),
+        "optimizer_share": round(optimizing / seconds, 4),
+        "padding": round(padding, 4),
+        "words_per_second": round(sum(b.words for b in steps) / seconds),
+        "seconds_per_step": round(seconds / len(steps), 4),
+    }
+    return figures, _profile(lambda: [_step(model, optimizer, batch, objective) for batch in timed])
+
+
+def _some_of_each(steps: list[Batch], number: int) -> list[Batch]:
+    return [b for task in dict.fromkeys(b.task for b in steps) for b in [s for s in steps if s.task == task][:number]]
+
+
+def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
+    """Steps of the published shape (of two blocks where it has to be quick) on few sentences of 300–600 words."""
+    config = MulanConfig(layers=2 if quick else 24)
+    sentences, words = (1, 300) if quick else (3, 512)
+    objective = ObjectiveSection(name="published", value_weight=200.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mulan(config)
+    optimizer = make_optimizer(model, OptimizerSection())
+    batch = synthetic_batch(config, sentences, words, sentences * words)
+    flops = batch_flops(config, batch.words, sentences, len(batch.positions))
+    _step(model, optimizer, batch, objective)
+    took, update = min(_step(model, optimizer, batch, objective) for _ in range(2))
+    # One update serves all the words of a recipe's step.
+    full = typical_step(LARGE_BATCHES, "generate")
+    whole = batch_flops(config, full.words, full.sentences, full.positions) / (flops / (took - update))
+    figures = {
+        "share": round(flops / took / ceiling, 4),
+        "words": batch.words,
+        "layers": config.layers,
+        "seconds_per_step": round(took, 3),
+        "optimizer_seconds": round(update, 3),
+        "optimizer_share": round(update / (update + whole), 6),
+        "words_per_second": round(batch.words / took, 1),
+    }
+    return figures, _profile(lambda: _step(model, optimizer, batch, objective)) if figures["share"] < 0.6 else None
+
+
+def _step(
+    model: Mulan, optimizer: torch.optim.Optimizer, batch: Batch, objective: ObjectiveSection
+) -> tuple[float, float]:
+    """Seconds of a step, and of the optimiser in it (with clipping)."""
+    start = time.perf_counter()
+    optimizer.zero_grad(set_to_none=True)
+    entity, value = batch_loss(model, batch, objective)
+    (entity + objective.value_weight * value).backward()
+    before = time.perf_counter()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    end = time.perf_counter()
+    return end - start, end - before
+
+
+def _profile(work: Any, top: int = 12) -> dict[str, float]:
+    """Share of the time of the operations that take most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        work()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    return {e.key: round(e.self_cpu_time_total / total, 4) for e in events[:top]}
+
+
+def made_up_cells(cells: int = 1500, genes: int = 5000) -> tuple[Vocabulary, CellStore]:
+    """Cells with the lengths of real ones (lognormal, about 480 genes), whose genes mean nothing."""
+    rng = np.random.default_rng(0)
+    words = {Family.FINE: 50, Family.COARSE: 20, Family.ORGAN: 9}
+    vocabulary = Vocabulary.build(
+        [f"G{i}" for i in range(genes)], {f: [f"{f} {i}" for i in range(n)] for f, n in words.items()}
+    )
+    lengths = np.clip(rng.lognormal(6.0, 0.6, cells), 60, genes // 2).astype(int)
+    indices = np.concatenate([np.sort(rng.choice(genes, n, replace=False)) for n in lengths])
+    counts = rng.geometric(0.2, lengths.sum()).astype(np.float32)
+    matrix = sp.csr_matrix((counts, indices, np.r_[0, lengths.cumsum()]), shape=(cells, genes))
+    metadata = np.full((cells, len(METADATA)), -1, dtype=np.int32)
+    for family in words:
+        metadata[:, METADATA.index(family)] = rng.choice(vocabulary.ids(family), cells)
+    total = 2 * np.asarray(matrix.sum(1)).ravel()
+    study = np.zeros(cells, dtype=np.int64)
+    measured = np.ones((1, genes), dtype=bool)
+    return vocabulary, CellStore(matrix, total, study.astype(bool), study, ["made up"], measured, metadata)
+
+
+# -- memory of the loss -----------------------------------------------------------------------------------------------
+
+
+def _loss_memory(form: str, quick: bool) -> int:
+    """Most bytes that a form of the loss takes at once, in a process of its own."""
+    code = f"from scmulan.benchmarks.train import loss_bytes; print(loss_bytes({form!r}, {2 if quick else 8}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def loss_bytes(form: str, sentences: int, words: int = 1550) -> int:
+    """Growth of this process' largest size by forward and backward of the published loss on given hidden states.
+
+    Parameters
+    ----------
+    form
+        ``"chunked"``: ours; ``"dense"``: targets, logits and values as tables of positions × words, as released.
+    """
+    config = MulanConfig(layers=1)
+    model = Mulan(config)
+    batch = synthetic_batch(config, sentences, words, sentences * words)
+    hidden = torch.zeros(len(batch.positions), config.width, requires_grad=True)
+    objective = ObjectiveSection(name="published", value_weight=200.0)
+    loss = dense_loss if form == "dense" else _chunked
+    loss(model, hidden[:64], replace_positions(batch, 64), objective).backward()  # whatever is made on first use
+    model.zero_grad(set_to_none=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+    before = _status("VmRSS")
+    loss(model, hidden, batch, objective).backward()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes from Linux' account of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def replace_positions(batch: Batch, number: int) -> Batch:
+    """The first positions of a batch."""
+    t = batch.targets
+    targets = replace(t, row=t.row[:number], said=t.said[:number], weight=t.weight[:number])
+    return replace(batch, positions=batch.positions[:number], targets=targets)
+
+
+def _chunked(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveSection) -> torch.Tensor:
+    from scmulan.training.objective import objective_loss
+
+    entity, value = objective_loss(model, hidden, batch.targets, objective="published", value_weight=200.0)
+    return entity + objective.value_weight * value
+
+
+def dense_loss(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveSection) -> torch.Tensor:
+    """Published loss written with one table of positions × words for each of its parts."""
+    t = batch.targets
+    target = (t.place[t.row] >= t.said[:, None]).float()
+    entity = F.binary_cross_entropy_with_logits(model.entity_logits(hidden), target, reduction="none").mean(1)
+    squared = F.mse_loss(model.value_mean(hidden), t.level[t.row].float(), reduction="none")
+    value = (squared * target).sum() / target.sum()
+    return model.config.vocabulary * (entity * t.weight).sum() + objective.value_weight * value
