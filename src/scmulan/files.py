@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from scmulan.errors import InputError, ScmulanError
 from scmulan.outputs import atomic_path, check_output
 
 __all__ = [
+    "BlockArray",
     "atomic_path",
     "check_output",
     "copy_with_results",
@@ -49,6 +51,30 @@ _OTHER_FORMATS = {
     ".rda": "convert it in R, for example with zellkonverter::writeH5AD or anndataR",
 }
 _AGAIN = "get or write it again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockArray:
+    """An array that is never in memory as a whole."""
+
+    shape: tuple[int, ...]
+    """Its shape, cells first."""
+    dtype: Any
+    """Its type."""
+    blocks: Callable[[], Iterator[np.ndarray]]
+    """Gives its consecutive rows, block by block."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def load(self) -> np.ndarray:
+        """Read it into memory after all."""
+        out = np.empty(self.shape, dtype=self.dtype)
+        start = 0
+        for block in self.blocks():
+            out[start : start + len(block)] = block
+            start += len(block)
+        return out
 
 
 def open_input(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
@@ -256,7 +282,7 @@ def copy_with_results(
         New columns, one row per cell in the order of the input. Columns of the same name are replaced, and the names
         of cells too if they differ from those of the input.
     obsm
-        New arrays, (n_cells, ...) each; those of the same name are replaced.
+        New arrays, (n_cells, ...) each, a :class:`BlockArray` among them perhaps; those of the same name are replaced.
     uns
         New entries; those of the same name are replaced.
 
@@ -275,7 +301,7 @@ def copy_with_results(
             adata.obs_names = obs.index
             for column, values in obs.items():
                 adata.obs[str(column)] = _storable(values)
-        adata.obsm.update(results[1])
+        adata.obsm.update({k: v.load() if isinstance(v, BlockArray) else v for k, v in results[1].items()})
         adata.uns.update(results[2])
         write_h5ad(adata, path)
         return
@@ -329,7 +355,24 @@ def _write_results(store: Any, obs: pd.DataFrame, obsm: dict[str, Any], uns: dic
         if part not in store:
             write_elem(store, part, {})
         for name, entry in entries.items():
-            write_elem(store[part], name, entry)
+            if isinstance(entry, BlockArray):
+                _write_blocks(store[part], name, entry)
+            else:
+                write_elem(store[part], name, entry)
+
+
+def _write_blocks(group: Any, name: str, array: BlockArray) -> None:
+    """Write an array block by block: an empty one of its kind first, then its rows."""
+    write_elem(group, name, np.empty((0, *array.shape[1:]), dtype=array.dtype))
+    attributes = dict(group[name].attrs)
+    del group[name]
+    create = group.create_dataset if isinstance(group, h5py.Group) else group.create_array
+    stored = create(name, shape=array.shape, dtype=array.dtype)
+    stored.attrs.update(attributes)
+    start = 0
+    for block in array.blocks():
+        stored[start : start + len(block)] = block
+        start += len(block)
 
 
 def _storable(values: pd.Series) -> Any:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from scmulan.model.cache import STEP
+
 LENGTHS = (1, 6, 3, 9)
 # What each row reads after its prompt, in three calls: a row may pause, one call brings several words.
 CALLS = ((1, 1, 1, 1), (1, 0, 3, 2), (0, 2, 1, 1))
@@ -74,3 +76,52 @@ def test_capacity_and_size(make_network):
     assert cache.capacity == 20
     assert cache.keys.shape == (2, 3, 2, 20, 8)
     assert cache.bag is None
+
+
+@torch.inference_mode()
+def test_words_read_in_vain_are_forgotten(network, words):
+    """Rows keep 0 … 3 of three words just read and go on with others in their place."""
+    cache = network.new_cache(4, 20)
+    prompts = [(e[:n], v[:n]) for (e, v), n in zip(words, LENGTHS, strict=True)]
+    network(*padded(prompts, fill=10), cache, torch.tensor(LENGTHS))
+    drafts = [(torch.tensor([3, 4, 5]) + i, torch.tensor([1, 2, 3])) for i in range(4)]
+    network(*padded(drafts, fill=10), cache)
+    cache.keep(torch.arange(4))
+    cache.tighten()
+    assert cache.length.tolist() == [1, 7, 5, 12] and cache.used == 12
+    found = network(torch.full((4, 1), 20), torch.full((4, 1), 7), cache)[:, 0]
+    for i in range(4):
+        e = torch.cat((prompts[i][0], drafts[i][0][:i], torch.tensor([20])))
+        v = torch.cat((prompts[i][1], drafts[i][1][:i], torch.tensor([7])))
+        np.testing.assert_allclose(found[i].numpy(), network(e[None], v[None])[0, -1].numpy(), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_row_starts_anew_in_its_own_slots(network, words):
+    cache = network.new_cache(4, 20)
+    prompts = [(e[:n], v[:n]) for (e, v), n in zip(words, LENGTHS, strict=True)]
+    network(*padded(prompts, fill=10), cache, torch.tensor(LENGTHS))
+    start = network.new_cache(1, 2)
+    network(torch.tensor([[5, 6]]), torch.tensor([[1, 2]]), start)
+    cache.put(torch.tensor([1, 3]), start)
+    cache.tighten()
+    assert cache.length.tolist() == [1, 2, 3, 2] and cache.used == 3
+    found = network(torch.full((4, 1), 20), torch.full((4, 1), 7), cache)[:, 0]
+    for i in range(4):
+        e, v = prompts[i] if i in (0, 2) else (torch.tensor([5, 6]), torch.tensor([1, 2]))
+        e, v = torch.cat((e, torch.tensor([20]))), torch.cat((v, torch.tensor([7])))
+        np.testing.assert_allclose(found[i].numpy(), network(e[None], v[None])[0, -1].numpy(), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_room_is_made_in_steps(network, words):
+    entity, value = words[3]
+    cache = network.new_cache(1, 3)
+    for t in range(9):
+        cache.reserve(1)
+        hidden = network(entity[None, t : t + 1], value[None, t : t + 1], cache)
+    np.testing.assert_allclose(hidden[0, 0].numpy(), network(entity[None, :9], value[None, :9])[0, -1], atol=1e-5)
+    assert cache.capacity == 3 + STEP
+    full = network.new_cache(1, 3)
+    full.reserve(4, most=9)
+    assert full.capacity == 9

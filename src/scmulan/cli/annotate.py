@@ -17,8 +17,11 @@ def annotate(
         typer.Option(metavar="T.csv", help="Also write the types alone, as CSV or TSV.", show_default=False),
     ] = None,
     rule: Annotated[
-        Literal["default", "release"],
-        typer.Option(help="default: every type's probability; release: the words that the published release decodes."),
+        Literal["default", "stepwise", "release"],
+        typer.Option(
+            help="default: every type's probability; stepwise: fine types after the coarse one; "
+            "release: the words that the published release decodes."
+        ),
     ] = "default",
     threshold: Annotated[
         float, typer.Option(min=0, max=1, metavar="P", help="Types with a lower probability are marked as uncertain.")
@@ -28,6 +31,7 @@ def annotate(
     state: options.State = None,
     min_genes: options.MinGenes = 20,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     batch_size: options.BatchSize = options.AUTO,
     as_json: options.Json = False,
     force: options.Force = False,
@@ -36,15 +40,20 @@ def annotate(
 
     The output is a copy of the input with scmulan_cell_type, …_coarse, …_probability, …_status and …_ontology_id
     in obs, and how they were made in uns['scmulan'].
+
+    A job that was interrupted goes on where it was when the same command is run again.
     """
     from scmulan.tl.on_disk import Reading, annotate_file
 
     account = annotate_file(
         cells, out, model=model, table=table, rule=rule, threshold=threshold, embed=embed,
-        reading=Reading(layer=layer, state=state, min_genes=min_genes, device=device, batch_words=batch_size),
+        reading=Reading(
+            layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
+        ),
         force=force, progress=console.progress,
     )  # fmt: skip
-    console.result(account, _sentences(account), as_json)
+    if account["rank"] == 0:
+        console.result(account, _sentences(account), as_json)
 
 
 def _sentences(account: dict[str, Any]) -> str:

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 import typer
 
 import scmulan
-from scmulan.cli import annotate, bench, console, doctor, embed, evaluate, finetune, generate, model, pretrain, report
+from scmulan.cli import (
+    annotate,
+    bench,
+    console,
+    corpus,
+    doctor,
+    embed,
+    evaluate,
+    finetune,
+    generate,
+    model,
+    pretrain,
+    report,
+)
 from scmulan.errors import ScmulanError
 
 PACKAGE = str(Path(scmulan.__file__).parent)
@@ -27,6 +40,7 @@ for verb in (annotate, embed, generate, report, finetune, pretrain):
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(model.app, name="model")
+app.add_typer(corpus.app, name="corpus")
 app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +12,81 @@ app = typer.Typer(
 )
 
 Quick = Annotated[bool, typer.Option("--quick", help="Smaller shapes, under a minute; marked as such in the result.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="CELLS.h5ad", help="Real cells for mini; by default it writes some.", show_default=False),
+]
 
 
 def report(name: str, **options: Any) -> None:
     """Run the benchmark ``scmulan.benchmarks.NAME.run(**options)`` and print its result as the last line."""
     figures = importlib.import_module(f"scmulan.benchmarks.{name}").run(**options)
     typer.echo(json.dumps({"benchmark": name, "quick": options.get("quick", False), **figures}, allow_nan=False))
+
+
+@app.command()
+def tokenize(quick: Quick = False) -> None:
+    """Expression to words, beside vectorised scipy and the release's way."""
+    report("tokenize", quick=quick)
+
+
+@app.command()
+def corpus(
+    quick: Quick = False,
+    cells: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cells; by default a million.")] = None,
+) -> None:
+    """Build a corpus from h5ad files: cells per second, memory, bytes."""
+    report("corpus", quick=quick, cells=cells)
+
+
+@app.command()
+def loader(
+    quick: Quick = False,
+    cells: Annotated[int | None, typer.Option(min=1024, metavar="N", help="Cells; by default a million.")] = None,
+    folder: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the corpus is written for the time of the run.")
+    ] = None,
+) -> None:
+    """Words of shuffled batches from a corpus on disk, cold and warm, beside AnnData's own loader."""
+    report("loader", quick=quick, cells=cells, folder=folder)
+
+
+@app.command()
+def train(quick: Quick = False) -> None:
+    """Training steps of the published shape and of the small model: share of the machine's matrix products, memory."""
+    report("train", quick=quick)
+
+
+@app.command()
+def resume(quick: Quick = False) -> None:
+    """Kill a run at random moments, change its number of processes, and compare with one that nothing disturbed."""
+    report("resume", quick=quick)
+
+
+@app.command()
+def annotate(quick: Quick = False, data: Data = None) -> None:
+    """Cells named, beside the release's way; the published shape with random weights, and mini from file to file."""
+    report("annotate", quick=quick, data=data)
+
+
+@app.command()
+def embed(quick: Quick = False, data: Data = None) -> None:
+    """Cells placed, beside the release's way; as annotate."""
+    report("embed", quick=quick, data=data)
+
+
+@app.command()
+def growth(
+    quick: Quick = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="P.png", help="Draw the curves (needs matplotlib).", show_default=False)
+    ] = None,
+) -> None:
+    """How annotation's time and memory grow with cells, words and batch."""
+    report("growth", quick=quick, plot=plot)
+
+
+@app.command()
+def generate(quick: Quick = False) -> None:
+    """Words written per second, beside the release's way with its key-value cache; block decoding."""
+    report("generate", quick=quick)

@@ -21,6 +21,7 @@ def embed(
     state: options.State = None,
     min_genes: options.MinGenes = 20,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     batch_size: options.BatchSize = options.AUTO,
     as_json: options.Json = False,
     force: options.Force = False,
@@ -29,12 +30,16 @@ def embed(
 
     The output is a copy of the input with X_scmulan in obsm, to be used in place of X_pca, and how it was made in
     uns['scmulan'].
+
+    A job that was interrupted goes on where it was when the same command is run again.
     """
     from scmulan.tl.on_disk import Reading, embed_file
 
     account = embed_file(
         cells, out, model=model, rule=rule,
-        reading=Reading(layer=layer, state=state, min_genes=min_genes, device=device, batch_words=batch_size),
+        reading=Reading(
+            layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
+        ),
         force=force, progress=console.progress,
     )  # fmt: skip
     rows = {
@@ -42,4 +47,5 @@ def embed(
         "embedding": f"obsm[{account['obsm'][0]!r}], {account['width']} numbers per cell",
         "written": account["output"],
     }
-    console.result(account, f"{console.heading(account)}\n{console.table(rows)}", as_json)
+    if account["rank"] == 0:
+        console.result(account, f"{console.heading(account)}\n{console.table(rows)}", as_json)

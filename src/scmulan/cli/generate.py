@@ -8,6 +8,14 @@ import typer
 from scmulan.cli import console, options
 
 
+def _words(text: str) -> int | None:
+    if text == options.AUTO:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither 'auto' nor a positive number")
+    return int(text)
+
+
 def generate(
     out: options.Out,
     what: Annotated[
@@ -26,7 +34,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Below 1 the likely genes are preferred.")] = 1.0,
     rule: Annotated[
         Literal["default", "exact", "release"],
-        typer.Option(help="default: what suits the model; exact: word by word; release: as the published release."),
+        typer.Option(
+            help="default: what suits the model; exact: each word given those before it; "
+            "release: as the published release."
+        ),
     ] = "default",
     values: Annotated[Literal["sample", "mean"], typer.Option(help="Draw each value, or take its mean.")] = "sample",
     genes_from: Annotated[
@@ -34,6 +45,23 @@ def generate(
         typer.Option(metavar="FILE.h5ad", help="Write only genes that this file measured.", show_default=False),
     ] = None,
     max_words: Annotated[int, typer.Option(min=1, metavar="N", help="Most genes of a cell.")] = 1_550,
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            parser=_words,
+            metavar="WORDS",
+            help="Words that are guessed and checked in one pass where a rule says them one by one; 1 does without. "
+            "Cells are the same.",
+        ),
+    ] = options.AUTO,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(parser=_words, metavar="CELLS", help="Cells written side by side; they do not depend on it."),
+    ] = options.AUTO,
+    precision: Annotated[
+        Literal["fp32", "bf16", "int8", "auto"],
+        typer.Option(help="In what to compute; another precision writes other cells."),
+    ] = "fp32",
     device: options.Device = "auto",
     as_json: options.Json = False,
     force: options.Force = False,
@@ -49,8 +77,8 @@ def generate(
 
     account = generate_file(
         out, options.fields(what, "--set") or {}, model=model, n=n, seed=seed, temperature=temperature, rule=rule,
-        values=values, genes_from=genes_from, max_words=max_words, device=device, force=force,
-        progress=console.progress,
+        values=values, genes_from=genes_from, max_words=max_words, draft=draft, batch=batch_size, precision=precision,
+        device=device, force=force, progress=console.progress,
     )  # fmt: skip
     words = account["words_per_cell"]
     asked = ", ".join(f"{field.replace('_', ' ')} {word}" for field, word in account["prompt"].items()) or "any cell"

@@ -77,5 +77,9 @@ BatchSize = Annotated[
         parser=_words, metavar="WORDS", help="Genes of all cells together in one pass; fewer need less memory."
     ),
 ]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "int8"],
+    typer.Option(help="In what to compute; auto: the fastest here that gives the labels of fp32."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

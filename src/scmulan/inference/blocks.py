@@ -135,7 +135,7 @@ class _State:
             self.values[row].append(value[row, : new[row]].cpu().numpy())
         self.left &= ~torch.zeros_like(self.left).scatter(1, word, real)
         self.number += new
-        _make_room(self.cache, longest)
+        self.cache.reserve(longest)
         states = self.model.network(word, value, self.cache, new)
         last = states[torch.arange(rows, device=new.device), (new - 1).clamp(min=0)]
         self.hidden = torch.where((new > 0)[:, None], last, self.hidden)
@@ -159,11 +159,3 @@ def shift_to(logits: Tensor, wanted: Tensor) -> Tensor:
         high = torch.where(enough, middle, high)
         low = torch.where(enough, low, middle)
     return (low + high) / 2
-
-
-def _make_room(cache: Cache, words: int) -> None:
-    """Enlarge a cache where it lacks slots for ``words`` more."""
-    missing = cache.used + words - cache.capacity
-    if missing > 0:
-        room = cache.keys.new_zeros((*cache.keys.shape[:3], missing, cache.keys.shape[4]))
-        cache.keys, cache.values = torch.cat((cache.keys, room), 3), torch.cat((cache.values, room), 3)

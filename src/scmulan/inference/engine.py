@@ -1,38 +1,20 @@
 """Batched passes over ragged prompts: the state at a prompt's end, and label scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from scmulan.inference.memory import WordBudget, buckets, suitable_words
 from scmulan.language.sentence import Sentences
 from scmulan.language.vocabulary import Family
 from scmulan.model.checkpoint import LoadedModel
 
+__all__ = ["LabelScores", "Progress", "WordBudget", "buckets", "last_state", "score_labels"]
+
 Progress = Callable[[int], None]
-
-
-def buckets(lengths: np.ndarray, words: int, most: int = 256) -> Iterator[np.ndarray]:
-    """Rows in batches of similar length: at most ``words`` padded words (but at least one row) in each.
-
-    Parameters
-    ----------
-    lengths
-        Words of each row.
-    words
-        Padded words per batch.
-    most
-        Rows per batch.
-    """
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and end - start < most and (end - start + 1) * lengths[order[end]] <= words:
-            end += 1
-        yield order[start:end]
-        start = end
 
 
 @dataclass(frozen=True)
@@ -52,9 +34,19 @@ class LabelScores:
     state: np.ndarray
 
 
+def word_budget(model: LoadedModel, batch_words: int | None) -> WordBudget:
+    """Budget of a job: as many words as were asked for, or as suit the device and its memory."""
+    return WordBudget(words=batch_words or suitable_words(model.network))
+
+
 @torch.inference_mode()
 def score_labels(
-    model: LoadedModel, prompts: Sentences, *, batch_words: int = 16_384, progress: Progress = lambda n: None
+    model: LoadedModel,
+    prompts: Sentences,
+    *,
+    budget: WordBudget | None = None,
+    given_coarse: bool = False,
+    progress: Progress = lambda n: None,
 ) -> LabelScores:
     """Probability of every coarse and fine cell type, from one forward pass per cell.
 
@@ -64,29 +56,75 @@ def score_labels(
         Any model with cell types in its vocabulary.
     prompts
         Annotation prompts.
-    batch_words
-        Padded words per batch; results do not depend on it beyond rounding.
+    budget
+        Padded words per batch (default: what suits the device); results do not depend on it beyond rounding.
+    given_coarse
+        Say the most probable coarse type first and score the fine types after it: one more step of one word.
+        Otherwise both are scored where the prompt ends.
     progress
         Called with the number of cells just done.
     """
-    network = model.network
-    device = network.word.weight.device
-    families = [model.vocabulary.ids(f) for f in (Family.COARSE, Family.FINE)]
-    out = [np.zeros((len(prompts), len(ids)), dtype=np.float32) for ids in families]
-    state = np.zeros((len(prompts), network.config.width), dtype=np.float32)
-    for rows in buckets(prompts.lengths, batch_words):
-        entity, value, lengths = prompts.take(rows).padded()
-        hidden = network(torch.from_numpy(entity).to(device), torch.from_numpy(value).to(device))
-        last = hidden[torch.arange(len(rows)), torch.from_numpy(lengths - 1).to(device)]
-        logits = network.entity_logits(last).float()
-        for probabilities, ids in zip(out, families, strict=True):
-            probabilities[rows] = _normalise(logits[:, ids], model.card.get("objective", "published")).cpu().numpy()
+    coarse_ids, fine_ids = (model.vocabulary.ids(f) for f in (Family.COARSE, Family.FINE))
+    coarse, fine = (np.zeros((len(prompts), len(ids)), dtype=np.float32) for ids in (coarse_ids, fine_ids))
+    state = np.zeros((len(prompts), model.config.width), dtype=np.float32)
+    objective = model.card.get("objective", "published")
+
+    def work(rows: np.ndarray) -> None:
+        entity, value, lengths = _tensors(model, prompts.take(rows))
+        if given_coarse and len(coarse_ids):
+            last, after = _with_coarse(model, entity, value, lengths, coarse_ids)
+        else:
+            last = after = model.network.last(entity, value, lengths)
+        logits = model.network.entity_logits(last).float()
+        logits_after = logits if after is last else model.network.entity_logits(after).float()
+        coarse[rows] = _normalise(logits[:, coarse_ids], objective).cpu().numpy()
+        fine[rows] = _normalise(logits_after[:, fine_ids], objective).cpu().numpy()
         state[rows] = last.float().cpu().numpy()
         progress(len(rows))
-    return LabelScores(coarse=out[0], fine=out[1], state=state)
+
+    (budget or word_budget(model, None)).for_each(prompts.lengths, work)
+    return LabelScores(coarse=coarse, fine=fine, state=state)
 
 
-def _normalise(logits: torch.Tensor, objective: str) -> torch.Tensor:
+@torch.inference_mode()
+def last_state(
+    model: LoadedModel,
+    prompts: Sentences,
+    *,
+    budget: WordBudget | None = None,
+    progress: Progress = lambda n: None,
+) -> np.ndarray:
+    """Hidden state at the last word of each sentence, float32 ``[sentences, width]``; as in :func:`score_labels`."""
+    state = np.zeros((len(prompts), model.config.width), dtype=np.float32)
+
+    def work(rows: np.ndarray) -> None:
+        state[rows] = model.network.last(*_tensors(model, prompts.take(rows))).float().cpu().numpy()
+        progress(len(rows))
+
+    (budget or word_budget(model, None)).for_each(prompts.lengths, work)
+    return state
+
+
+def _tensors(model: LoadedModel, prompts: Sentences) -> tuple[Tensor, Tensor, Tensor]:
+    device = model.network.word.weight.device
+    entity, value, lengths = (torch.from_numpy(array).to(device) for array in prompts.padded())
+    return entity, value, lengths
+
+
+def _with_coarse(
+    model: LoadedModel, entity: Tensor, value: Tensor, lengths: Tensor, ids: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """States after the prompt, and after the most probable coarse type as one more word."""
+    network = model.network
+    cache = network.new_cache(len(entity), entity.shape[1] + 1)
+    hidden = network(entity, value, cache, lengths)
+    last = hidden[torch.arange(len(entity), device=entity.device), lengths - 1]
+    words = torch.from_numpy(ids).to(entity.device)
+    said = words[network.entity_logits(last)[:, words].argmax(1)][:, None]
+    return last, network(said, torch.zeros_like(said), cache)[:, 0]
+
+
+def _normalise(logits: Tensor, objective: str) -> Tensor:
     """Probabilities over one family: softmax of next-word logits, normalised σ of "still to be said" logits."""
     if objective == "published":
         logits = torch.nn.functional.logsigmoid(logits)

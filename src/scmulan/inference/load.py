@@ -1,5 +1,6 @@
 """``scmulan.load``: a model by path or name, ready to use."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -32,10 +33,14 @@ def load(name_or_path: str | Path = "mini", *, device: str = "auto") -> LoadedMo
 
 
 def choose_device(device: str) -> str:
-    """Device to compute on; ``"auto"`` takes the first of CUDA, MPS and CPU that is there."""
+    """Device to compute on; ``"auto"`` takes the first of CUDA, MPS and CPU that is there.
+
+    Under ``torchrun`` each process of a machine takes a GPU of its own.
+    """
     if device == "auto":
         if torch.cuda.is_available():
-            return "cuda"
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            return f"cuda:{local % torch.cuda.device_count()}" if local else "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)

@@ -14,63 +14,53 @@ from torch import Tensor
 from scmulan.model.transformer import Mulan
 
 Rule = Literal["softmax", "set", "release"]
+# An impossible word keeps a weight, so that one can be said where all are impossible.
+LEAST_WEIGHT = 1e-36
 
 
-def word_weights(logits: Tensor, rule: Rule, temperature: float) -> Tensor:
-    """Unnormalised chance of each word to be said next.
+def log_weights(model: Mulan, logits: Tensor, rule: Rule, temperature: float, end: int) -> Tensor:
+    """Log of the weight with which each word competes to be the next one.
 
     Parameters
     ----------
     logits
-        ``[B, V]``, −inf where a word must not be said.
+        ``[..., V]``.
     rule
         ``"softmax"`` (of a next-word model's log-weights) and ``"release"`` (which samples so from published
-        models): exp(z / temperature);
-        ``"set"``: σ(z) ^ (1 / temperature).
+        models): z / temperature; ``"set"``: log σ(z) / temperature.
     temperature
         Below 1 the likely words are preferred.
-
-    Returns
-    -------
-    Tensor
-        ``[B, V]``, the largest weight of a row is at most 1.
+    end
+        The end word.
     """
     if rule == "set":
         logits = torch.nn.functional.logsigmoid(logits)
-    scaled = logits / temperature
-    return (scaled - scaled.max(dim=1, keepdim=True).values).exp()
+    elif rule == "softmax":
+        logits = model.log_weights(logits, end)
+    return logits if temperature == 1 else logits / temperature
 
 
-def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Word whose stretch of the cumulated weights holds ``uniform`` (``[B]``, in [0, 1)): inverse-CDF sampling.
-
-    One number per row, from that row's own stream: what is drawn for a row does not depend on its neighbours.
-    """
-    cumulated = weights.double().cumsum(1)
-    at = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]
-    # Rounding can point past the last word that has any weight.
-    last = (weights > 0).int().mul(torch.arange(1, weights.shape[1] + 1, device=weights.device)).argmax(1)
-    return torch.minimum(at, last)
+def bounded_weights(logits: Tensor, ends: Tensor) -> Tensor:
+    """Weights at temperature 1 where no gene's exceeds one: σ(z), but exp(z) of end words (bool, of logits' shape)."""
+    return torch.where(ends, logits.exp(), logits.sigmoid()).clamp(min=LEAST_WEIGHT)
 
 
-def pick_value(model: Mulan, hidden: Tensor, word: Tensor, uniform: Tensor, sample: bool) -> Tensor:
-    """Bin of the words just chosen, were they genes.
+def pick_value(model: Mulan, hidden: Tensor, word: Tensor, noise: Tensor | None) -> Tensor:
+    """Bin of the words just chosen, were they genes: int64 of the words' shape.
 
     Parameters
     ----------
     hidden
-        ``[B, W]``.
+        ``[..., W]``.
     word
-        int64 ``[B]``.
-    uniform
-        ``[B]`` in [0, 1), used where values are sampled.
-    sample
-        Draw from the bins' distribution; otherwise (or where the model has none) the rounded mean.
+        int64 ``[...]``.
+    noise
+        ``[..., levels]``, standard Gumbel: the bin with the largest log-probability + noise is a draw
+        from the bins' distribution. None (and wherever the model has no such distribution): the rounded mean.
     """
-    mean = model.value_mean(hidden).gather(1, word[:, None])[:, 0]
-    if sample and model.log_scale is not None:
-        cumulated = model.level_log_probs(mean, word).exp().cumsum(1)
-        return (cumulated < uniform[:, None]).sum(1).clamp(max=model.config.levels - 1) + 1
+    mean = model.value_mean_of(hidden, word)
+    if noise is not None:
+        return (model.level_log_probs(mean.float(), word) + noise).argmax(-1) + 1
     return mean.round().clamp(0, model.config.levels).long()
 
 

@@ -1,15 +1,33 @@
-"""Sentences written word by word, many side by side."""
+"""Sentences written side by side, from a queue of rows that takes each free place at once."""
 
+import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from scmulan.inference.chance import CHUNK, Chance
 from scmulan.inference.engine import Progress
-from scmulan.inference.sampling import Rule, draw_number, pick, pick_value, word_weights
+from scmulan.inference.memory import SHARE, free_bytes, is_out_of_memory
+from scmulan.inference.race import Race
+from scmulan.inference.sampling import Rule, draw_number, pick_value
+from scmulan.inference.speculate import MOST, Outlook, Pace, Tally, agrees
 from scmulan.language.sentence import Sentences
-from scmulan.model.cache import Cache
+from scmulan.model.cache import STEP, Cache
 from scmulan.model.checkpoint import LoadedModel
+from scmulan.model.cost import kv_bytes_per_word
+
+# Passes between two looks at which rows are done, on a device that would have to be waited for.
+PASSES_UNSEEN = 8
+# Words over which states are averaged to guess from: one state says much of the word just read.
+AVERAGED = 4
+# Rows side by side where memory is not short.
+CPU_ROWS, GPU_ROWS = 64, 256
+# Rows are moved together once this share of them is done and none waits.
+SPARSE = 0.25
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,11 +42,13 @@ class GenerateConfig:
     """Draw values from their distribution where the model has one; otherwise their mean."""
     max_words: int = 1_550
     """Most words of a sentence after its prompt."""
-    batch: int = 64
-    """Sentences written side by side."""
+    batch: int | None = None
+    """Sentences written side by side; None takes what suits the device and its memory."""
+    draft: int | None = None
+    """Words guessed and read in one pass (:mod:`scmulan.inference.speculate`); 1 writes word by word, None chooses.
+    Cells do not depend on it."""
 
 
-@torch.inference_mode()
 def write_cells(
     model: LoadedModel,
     prompt: np.ndarray,
@@ -57,84 +77,306 @@ def write_cells(
     Sentences
         Prompt and words; a sentence that reached ``max_words`` lacks the end word.
     """
-    network = model.network
-    device = network.word.weight.device
-    V = network.config.vocabulary
-    sayable = model.vocabulary.is_gene.copy() if genes is None else model.vocabulary.is_gene & genes
-    most = min(config.max_words, int(sayable.sum()) + 1)
-    sayable[model.vocabulary.end] = config.rule != "set"
-    forbidden = torch.from_numpy(~sayable).to(device)
-    entity = torch.from_numpy(prompt.astype(np.int64))[None].to(device)
-    first = network.new_cache(1, entity.shape[1])
-    start = network(entity, torch.zeros_like(entity), first)[:, -1]
-    written: list[tuple[np.ndarray, np.ndarray, int]] = []
-    for begin in range(0, n, config.batch):
-        rows = np.arange(begin, min(n, begin + config.batch))
-        uniform = np.stack([np.random.default_rng([seed, int(r)]).random(2 * most + V) for r in rows])
-        cache = _widen(first, len(rows), most)
-        rest = _write_batch(model, cache, start.expand(len(rows), -1), forbidden, uniform, most, config, progress)
-        for words, values in rest:
-            said = np.concatenate([prompt, words])
-            written.append((said, np.concatenate([np.zeros(len(prompt), np.int64), values]), len(prompt)))
-    return Sentences.join(written)
+    rows = [(0, i) for i in range(n)]
+    return Writer(model, config, genes=genes).write([prompt], rows, seed=seed, progress=progress)
 
 
-def _widen(cache: Cache, rows: int, extra: int) -> Cache:
-    """One row's cache for many rows, with room for ``extra`` more words."""
-    wide = cache.expand(rows)
-    room = wide.keys.new_zeros((*wide.keys.shape[:3], extra, wide.keys.shape[4]))
-    wide.keys = torch.cat((wide.keys, room), dim=3)
-    wide.values = torch.cat((wide.values, room), dim=3)
-    return wide
+@dataclass(kw_only=True, slots=True)
+class _Start:
+    """What the network has read of a prompt: read once, for all of its rows."""
+
+    prompt: np.ndarray
+    cache: Cache
+    hidden: Tensor
+    inputs: Tensor
 
 
-def _write_batch(
-    model: LoadedModel,
-    cache: Cache,
-    hidden: torch.Tensor,
-    forbidden: torch.Tensor,
-    uniform: np.ndarray,
-    most: int,
-    config: GenerateConfig,
-    progress: Progress,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    network = model.network
-    device = hidden.device
-    B, V = len(uniform), len(forbidden)
-    u = torch.from_numpy(uniform).to(device)
-    said = forbidden.expand(B, V).clone()
-    words = np.zeros((B, most), dtype=np.int64)
-    values = np.zeros((B, most), dtype=np.int64)
-    length = np.zeros(B, dtype=np.int64)
-    alive = torch.arange(B, device=device)
-    limit = torch.full((B,), most, dtype=torch.int64, device=device)
-    for t in range(most):
-        logits = network.entity_logits(hidden).float()
-        if config.rule == "softmax":
-            logits = network.log_weights(logits, model.vocabulary.end)
-        logits = logits.masked_fill(said, -torch.inf)
-        if t == 0 and config.rule == "set":
-            limit = draw_number(logits, u[:, 2 * most :]).clamp(max=most)
-        word = pick(word_weights(logits, config.rule, config.temperature), u[alive, 2 * t])
-        value = pick_value(network, hidden, word, u[alive, 2 * t + 1], config.sample_values)
-        ended = word == model.vocabulary.end
-        value = value.masked_fill(ended, 0)
-        at = alive.cpu().numpy()
-        words[at, t], values[at, t], length[at] = word.cpu().numpy(), value.cpu().numpy(), t + 1
-        going = ~(ended | (limit[alive] <= t + 1))
-        if not bool(going.all()):
-            progress(int((~going).sum()))
-            keep = going.nonzero()[:, 0]
-            alive, word, value, said = alive[keep], word[keep], value[keep], said[keep]
-            cache = cache.select(keep)
-        if not len(alive):
-            break
-        said = said.scatter(1, word[:, None], True)
-        hidden = network(word[:, None], value[:, None], cache)[:, 0]
-    if config.rule == "set":  # the number of words was drawn: the cell is complete
-        return [_with_end(words[b, : length[b]], values[b, : length[b]], model.vocabulary.end) for b in range(B)]
-    return [(words[b, : length[b]], values[b, : length[b]]) for b in range(B)]
+class _Places:
+    """Rows being written. Each tensor's first axis is the place."""
+
+    def __init__(self, model: LoadedModel, chance: Chance, places: int, most: int, capacity: int) -> None:
+        network = model.network
+        V, W, weight = network.config.vocabulary, network.config.width, network.word.weight
+        device = weight.device
+        self.chance = chance
+        self.bound = capacity + most + MOST
+        """Most slots that a row can need."""
+        self.cache = network.new_cache(places, capacity)
+        self.hidden = weight.new_zeros(places, W)
+        self.average = torch.zeros(places, W, device=device)
+        """Mean of the last states, from which the coming ones are foreseen."""
+        self.inputs = self.average.clone()
+        """Mean of the last inputs."""
+        self.said = torch.zeros(places, V, dtype=torch.bool, device=device)
+        self.words = torch.zeros(places, most + MOST, dtype=torch.int64, device=device)
+        self.values = torch.zeros_like(self.words)
+        self.count = torch.zeros(places, dtype=torch.int64, device=device)
+        self.limit = torch.zeros_like(self.count)
+        self.running = torch.zeros(places, dtype=torch.bool, device=device)
+        self.who = np.full(places, -1)
+        """Which row lies there; kept on the host."""
+
+    def select(self, places: np.ndarray) -> None:
+        """Keep some places only."""
+        at = torch.from_numpy(places).to(self.count.device)
+        self.cache = self.cache.select(at)
+        self.chance.select(places)
+        for name in ("hidden", "average", "inputs", "said", "words", "values", "count", "limit", "running"):
+            setattr(self, name, getattr(self, name)[at])
+        self.who = self.who[places]
 
 
-def _with_end(words: np.ndarray, values: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.append(words, end), np.append(values, 0)
+class Writer:
+    """Writes rows.
+
+    Parameters
+    ----------
+    model
+        Any model that has the prompts' words.
+    config
+        How.
+    genes
+        Bool ``[V]``: genes that may be said (default: all).
+    """
+
+    def __init__(self, model: LoadedModel, config: GenerateConfig, *, genes: np.ndarray | None = None) -> None:
+        self.model = model
+        self.network = model.network
+        self.config = config
+        self.end = model.vocabulary.end
+        sayable = model.vocabulary.is_gene if genes is None else model.vocabulary.is_gene & genes
+        self.genes = np.flatnonzero(sayable)
+        self.most = min(config.max_words, len(self.genes) + 1)
+        self.forbidden = torch.from_numpy(~sayable).to(self.device)
+        self.forbidden[self.end] = config.rule == "set"
+        self.race = Race(self.network, config.rule, config.temperature, genes=self.genes, end=self.end)
+        self.values_drawn = config.sample_values and self.network.log_scale is not None
+        self.pace = Pace(config.draft)
+        self.outlook = Outlook(self.network)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.word.weight.device
+
+    @property
+    def tally(self) -> Tally:
+        """What was drafted and kept so far."""
+        return self.pace.tally
+
+    @torch.inference_mode()
+    def write(
+        self,
+        prompts: Sequence[np.ndarray],
+        rows: Sequence[tuple[int, int]],
+        *,
+        seed: int,
+        progress: Progress = lambda n: None,
+    ) -> Sentences:
+        """Write sentences after several prompts.
+
+        Parameters
+        ----------
+        prompts
+            int64 word ids without values of each prompt.
+        rows
+            For each sentence its prompt, and its number within the seed: it draws from the stream ``(seed, number)``.
+        seed
+            The same seed gives the same sentences.
+        progress
+            Called with the number of sentences just done.
+
+        Returns
+        -------
+        Sentences
+            In the order of ``rows``.
+        """
+        waiting = deque(range(len(rows)))
+        starts: dict[int, _Start] = {}
+        done: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        unseen = 1 if self.device.type == "cpu" else PASSES_UNSEEN
+        longest = max((len(p) for p in prompts), default=0)
+        ring = unseen * (self.config.draft or MOST) + CHUNK
+        batch = min(self.config.batch or self._suitable(ring), len(rows))
+        chance = Chance(
+            batch,
+            self.genes,
+            None if self.config.rule == "set" else self.end,
+            levels=self.network.config.levels,
+            vocabulary=self.network.config.vocabulary,
+            listed=self.race.listed,
+            ring=ring,
+            device=self.device,
+        )
+        places = _Places(self.model, chance, batch, self.most, longest + STEP)
+        while True:
+            for place in np.flatnonzero(places.who < 0)[: len(waiting)]:
+                row = waiting.popleft()
+                which, number = rows[row]
+                if which not in starts:
+                    starts[which] = self._read(prompts[which])
+                self._seat(places, int(place), starts[which], seed, number)
+                places.who[place] = row
+            if (places.who < 0).all():
+                return Sentences.join([done[row] for row in range(len(rows))])
+            if (places.who < 0).mean() >= SPARSE:
+                places.select(np.flatnonzero(places.who >= 0))
+            try:
+                self._passes(places, unseen)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(places.who) == 1:
+                    raise
+                half = len(places.who) // 2
+                waiting.extendleft(sorted((r for r in places.who[half:].tolist() if r >= 0), reverse=True))
+                places.select(np.arange(half))
+                continue
+            ended = ~places.running.cpu().numpy() & (places.who >= 0)
+            for place in np.flatnonzero(ended):
+                row = int(places.who[place])
+                done[row] = self._sentence(places, int(place), starts[rows[row][0]].prompt)
+                places.who[place] = -1
+            progress(int(ended.sum()))
+
+    def _suitable(self, ring: int) -> int:
+        """Rows that suit the device, if all of them got as long as they may."""
+        kind = "bf16" if self.network.precision == "bf16" else "fp32"
+        needed = (self.most + MOST) * kv_bytes_per_word(self.network.config, kind)
+        needed += 4 * self.network.config.vocabulary * (4 * MOST + (0 if self.race.listed else ring))
+        most = CPU_ROWS if self.device.type == "cpu" else GPU_ROWS
+        return max(1, min(most, int(free_bytes(self.device) * SHARE) // needed))
+
+    def _read(self, prompt: np.ndarray) -> _Start:
+        entity = torch.from_numpy(prompt.astype(np.int64))[None].to(self.device)
+        cache = self.network.new_cache(1, entity.shape[1])
+        value = torch.zeros_like(entity)
+        hidden = self.network(entity, value, cache)[0, -1]
+        return _Start(prompt=prompt, cache=cache, hidden=hidden, inputs=self.outlook.inputs(entity, value)[0, -1])
+
+    def _seat(self, places: _Places, place: int, start: _Start, seed: int, number: int) -> None:
+        stream = places.chance.seat(place, seed, number)
+        places.cache.put(torch.tensor([place], device=self.device), start.cache)
+        places.hidden[place] = start.hidden
+        places.average[place] = start.hidden.float()
+        places.inputs[place] = start.inputs
+        places.said[place] = self.forbidden
+        limit = self.most
+        if self.config.rule == "set":
+            logits = self.network.entity_logits(start.hidden).float()[torch.from_numpy(self.genes).to(self.device)]
+            uniform = torch.from_numpy(stream.random(len(self.genes), dtype=np.float32)).to(self.device)
+            limit = min(limit, int(draw_number(logits[None], uniform[None])))
+        places.limit[place] = limit
+        places.count[place] = 0
+        places.running[place] = True
+
+    def _sentence(self, places: _Places, place: int, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        count = int(places.count[place])
+        words = places.words[place, :count].cpu().numpy()
+        values = places.values[place, :count].cpu().numpy()
+        # Where the number of words was drawn, the cell is complete.
+        tail = [self.end] if self.config.rule == "set" else []
+        said = np.concatenate([prompt, words, tail]).astype(np.int64)
+        return said, np.concatenate([np.zeros(len(prompt), np.int64), values, [0] * len(tail)]), len(prompt)
+
+    # -- passes ------------------------------------------------------------------------------------------------
+
+    def _passes(self, places: _Places, number: int) -> None:
+        """Some passes with the same number of words, and what they teach."""
+        drafted = min(self.pace.next(), self.most)
+        places.cache.length = places.cache.length * places.running
+        places.cache.tighten()
+        places.chance.provide(places.count.cpu().numpy(), number * drafted)
+        counts = torch.zeros(4, dtype=torch.int64, device=self.device)
+        begin = time.perf_counter()
+        for i in range(number):
+            self._pass(places, drafted, counts, wait=i == 0)
+        rows, words, compared, right = counts.tolist()
+        seconds = time.perf_counter() - begin
+        self.pace.learn(drafted, seconds, passes=number, rows=rows, words=words, compared=compared, right=right)
+
+    def _pass(self, places: _Places, drafted: int, counts: Tensor, *, wait: bool) -> None:
+        """Read ``drafted`` words of each row and keep those that are said one by one.
+
+        Only with ``wait`` the host looks at what the device has: to run races to their end that their list of visits
+        leaves open. Without, such a row pauses.
+        """
+        word, value, started = self._first(places, wait)
+        if drafted > 1:
+            word, value = self._guess(places, word, value, drafted)
+        else:
+            word, value = word[:, None], value[:, None]
+        places.cache.reserve(drafted, places.bound)
+        states = self.network(word, value, places.cache)
+        kept = started.long()
+        if drafted > 1:
+            draws = places.chance.at(places.count, 1, drafted - 1)
+            column = torch.arange(1, drafted, device=self.device)
+            true, closed = self.race.winners(states[:, :-1], draws, places.said, word, 1)
+            true_value = self._values(states[:, :-1], true, draws.values)
+            room = (word[:, :-1] != self.end) & (places.count[:, None] + column < places.limit[:, None])
+            right = closed & room & agrees(word[:, 1:], value[:, 1:], true, true_value)
+            chain = right.long().cumprod(1) * started[:, None]
+            kept = kept + chain.sum(1)
+            reached = torch.cat((started[:, None], chain[:, :-1] > 0), 1) & room
+            counts[2] += reached.sum()
+            counts[3] += chain.sum()
+        self._keep(places, word, value, states, kept)
+        counts[0] += started.sum()
+        counts[1] += kept.sum()
+
+    def _first(self, places: _Places, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Next word and value of each row, certain, and which rows have one (all that run, if ``wait``)."""
+        draws = places.chance.at(places.count, 0, 1)
+        none = places.words[:, :0]
+        word, closed = self.race.winners(places.hidden[:, None], draws, places.said, none, 0)
+        word, started = word[:, 0], places.running & closed[:, 0]
+        if wait and self.race.listed:
+            for row in (places.running & ~started).nonzero()[:, 0].tolist():
+                later = places.chance.later(row, int(places.count[row]))
+                word[row] = self.race.to_the_end(places.hidden[row], draws, places.said, row, later)
+            started = places.running
+        return word, self._values(places.hidden, word, draws.values[:, 0]), started
+
+    def _guess(self, places: _Places, word: Tensor, value: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """``number`` words and values ``[B, number]``: the one that is said next, then those foreseen."""
+        draws = places.chance.at(places.count, 1, number - 1)
+        return self.outlook.guess(
+            self.race, draws, places.said, places.average, places.inputs, word, value, values_drawn=self.values_drawn
+        )
+
+    def _keep(self, places: _Places, word: Tensor, value: Tensor, states: Tensor, kept: Tensor) -> None:
+        """Count the first ``kept`` words of each row as said."""
+        drafted = word.shape[1]
+        column = torch.arange(drafted, device=kept.device)
+        real = column < kept[:, None]
+        at = places.count[:, None] + column  # what lies beyond the words kept is written over, or never looked at
+        places.words.scatter_(1, at, word)
+        places.values.scatter_(1, at, value)
+        places.said |= torch.zeros_like(places.said).scatter_(
+            1, word.where(real, word[:, :1]), (kept[:, None] > 0).expand_as(word)
+        )
+        places.cache.keep(kept)
+        last = (kept - 1).clamp(min=0)[:, None]
+        newest = states.gather(1, last[..., None].expand(-1, 1, states.shape[2]))[:, 0]
+        places.hidden = torch.where((kept > 0)[:, None], newest, places.hidden)
+        if self.pace.fixed != 1:
+            self._look_back(places, word, value, states, real[..., None])
+        ended = (word.gather(1, last)[:, 0] == self.end) & (kept > 0)
+        places.count = places.count + kept
+        places.running = places.running & ~ended & (places.count < places.limit)
+
+    def _look_back(self, places: _Places, word: Tensor, value: Tensor, states: Tensor, real: Tensor) -> None:
+        """Learn from the states of words kept, from which the next ones are guessed."""
+        states, inputs = states.float(), self.outlook.inputs(word, value)
+        self.outlook.learn(
+            ((states - places.average[:, None]) * real).flatten(0, 1),
+            ((inputs - places.inputs[:, None]) * real).flatten(0, 1),
+            self.tally.words,
+        )
+        before = places.count.clamp(max=AVERAGED)[:, None]
+        number = (before + real.sum(1)).clamp(min=1)
+        places.average = (places.average * before + (states * real).sum(1)) / number
+        places.inputs = (places.inputs * before + (inputs * real).sum(1)) / number
+
+    def _values(self, hidden: Tensor, word: Tensor, noise: Tensor) -> Tensor:
+        picked = pick_value(self.network, hidden, word, noise if self.values_drawn else None)
+        return picked.masked_fill(word == self.end, 0)

@@ -90,6 +90,23 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).reshape(B, T, W))
 
+    def last(self, x_BTW: Tensor, at: Tensor) -> Tensor:
+        """Attend from one position of each row, ``at`` (int64 ``[B]``), to the words up to it: ``[B, W]``."""
+        B, T, W = x_BTW.shape
+        q = _columns(self.qkv, x_BTW[torch.arange(B, device=at.device), at], 0, W).view(B, self.heads, 1, -1)
+        keys, values = _columns(self.qkv, x_BTW, W, 3 * W).split(W, dim=2)
+        k, v = (t.view(B, T, self.heads, W // self.heads).transpose(1, 2) for t in (keys, values))
+        mask = (torch.arange(T, device=at.device) <= at[:, None])[:, None, None]
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, W))
+
+
+def _columns(layer: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
+    """Some outputs of a linear layer; one that keeps its weights in a form of its own computes all of them."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x)[..., start:end]
+    bias = None if layer.bias is None else layer.bias[start:end]
+    return F.linear(x.to(layer.weight.dtype), layer.weight[start:end], bias)
+
 
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm."""
@@ -108,6 +125,17 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.norm_1(x), cache, layer, mask))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh")))
 
+    def last(self, x: Tensor, at: Tensor) -> Tensor:
+        """``[B, T, W]`` → ``[B, W]``: the output at one position of each row, without computing the others."""
+        y = x[torch.arange(len(at), device=at.device), at] + self.attention.last(self.norm_1(x), at)
+        return y + self.down(F.gelu(self.up(self.norm_2(y)), approximate="tanh"))
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Embedding that is not filled where it has no memory: torch would import its compiler for that, for a second."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else None)
+
 
 class SetState(nn.Module):
     """Summary of the words so far: what the genes say, what the other words say, and how many genes there are.
@@ -120,8 +148,8 @@ class SetState(nn.Module):
 
     def __init__(self, config: MulanConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocabulary, config.width)
-        self.gain = nn.Embedding(config.levels + 1, config.width)
+        self.word = _embedding(config.vocabulary, config.width)
+        self.gain = _embedding(config.levels + 1, config.width)
         self.norm = nn.LayerNorm(config.width, bias=False)
         self.out = nn.Linear(2 * config.width + 2, config.width, bias=False)
 
@@ -153,8 +181,10 @@ class Mulan(nn.Module):
     def __init__(self, config: MulanConfig) -> None:
         super().__init__()
         self.config = config
-        self.word = nn.Embedding(config.vocabulary, config.width)
-        self.level = nn.Embedding(config.levels + 1, config.width)
+        self.precision = "fp32"
+        """How the products of the blocks are computed, see :mod:`scmulan.inference.precision`."""
+        self.word = _embedding(config.vocabulary, config.width)
+        self.level = _embedding(config.levels + 1, config.width)
         self.set_state = SetState(config) if config.set_state else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
@@ -215,6 +245,32 @@ class Mulan(nn.Module):
             cache.advance(entity.shape[1], new, bag)
         return self.norm(x)
 
+    def last(self, entity: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden state at the last word of each row, as :meth:`forward` would give it there, for less work.
+
+        The last block and the norm run at that position only; every other position just gives a key and a value.
+
+        Parameters
+        ----------
+        entity, value
+            int64 ``[B, T]``, right-padded with anything.
+        lengths
+            int64 ``[B]``: words of each row, at least one.
+
+        Returns
+        -------
+        Tensor
+            ``[B, W]``.
+        """
+        x = self.word(entity) + self.level(value)
+        if self.set_state is not None:
+            x = x + self.set_state(entity, value, None)[0]
+        *body, top = self.blocks
+        for layer, block in enumerate(body):
+            x = block(x, None, layer, None)
+        assert isinstance(top, Block)
+        return self.norm(top.last(x, lengths - 1))
+
     def entity_logits(self, hidden: Tensor) -> Tensor:
         """Logit of every word at hidden states ``[..., W]`` → ``[..., V]``."""
         logits = self.entity_head(hidden)
@@ -237,6 +293,11 @@ class Mulan(nn.Module):
         """Expected bin of every word, were it said next: ``[..., W]`` → ``[..., V]``."""
         mean = self.value_head(hidden)
         return mean if self.value_bias is None else mean + self.value_bias
+
+    def value_mean_of(self, hidden: Tensor, word: Tensor) -> Tensor:
+        """Expected bin of one word at each hidden state: ``[..., W]`` and int64 ``[...]`` (or 1) → ``[...]``."""
+        mean = (self.value_head.weight[word] * hidden).sum(-1)
+        return mean if self.value_bias is None else mean + self.value_bias[word]
 
     def level_log_probs(self, mean: Tensor, word: Tensor) -> Tensor:
         """Log-probability of each bin 1…levels of given words.
@@ -271,4 +332,6 @@ class Mulan(nn.Module):
         shape = (c.layers, rows, c.heads, capacity, c.width // c.heads)
         bag = torch.zeros(rows, 2 * c.width + 1, device=weight.device) if self.set_state is not None else None
         length = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        return Cache(keys=weight.new_zeros(shape), values=weight.new_zeros(shape), length=length, bag=bag)
+        dtype = torch.bfloat16 if self.precision == "bf16" else weight.dtype
+        keys, values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
+        return Cache(keys=keys, values=values, length=length, bag=bag)

@@ -8,17 +8,23 @@ import numpy as np
 import pandas as pd
 
 from scmulan.errors import ModelError
+from scmulan.files import BlockArray
 from scmulan.inference import release_rule
-from scmulan.inference.engine import Progress, score_labels
+from scmulan.inference.engine import Progress, WordBudget, score_labels
+from scmulan.inference.precision import Precision
+from scmulan.inference.ranks import ranks
+from scmulan.language.expression import CellWords
 from scmulan.language.ontology import Ontology
-from scmulan.language.sentence import gene_prompts
-from scmulan.language.tasks import ANNOTATE
+from scmulan.language.sentence import Sentences
 from scmulan.language.vocabulary import Family
 from scmulan.model.checkpoint import LoadedModel
+from scmulan.tl.parts import Parts
+from scmulan.tl.passes import Rule, run_blocks, states_of, without_empty
 from scmulan.tl.reading import CellReader, merge_uns, provenance
 
 KEY = "scmulan_cell_type"
 STATUSES = ("confident", "uncertain", "conflict", "empty")
+CONFIDENT, UNCERTAIN, CONFLICT, EMPTY = range(4)
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,13 @@ class Annotation:
     uns
         Contents of ``uns['scmulan']``.
     state
-        The embedding that :func:`scmulan.tl.embed` would give, if it was asked for: float32 ``[cells, width]``.
+        The embedding that :func:`scmulan.tl.embed` would give, if it was asked for: float32 ``[cells, width]``, read
+        from the parts block by block.
     """
 
     obs: pd.DataFrame
     uns: dict[str, Any]
-    state: np.ndarray | None = None
+    state: BlockArray | None = None
 
 
 def annotate(
@@ -46,9 +53,10 @@ def annotate(
     *,
     layer: str | None = None,
     state: Literal["counts", "log1p"] | None = None,
-    rule: Literal["default", "release"] = "default",
+    rule: Rule = "default",
     threshold: float = 0.5,
     min_genes: int = 20,
+    precision: Precision = "auto",
 ) -> None:
     """Name the type of each cell, in place.
 
@@ -61,12 +69,16 @@ def annotate(
     layer, state
         Which matrix, and what it holds; found by looking unless given.
     rule
-        ``"default"``: every type's probability from one pass over the cell. ``"release"``: the words that the
+        ``"default"``: every type's probability from one pass over the cell. ``"stepwise"``: the most probable coarse
+        type, then the fine types after it, by one more step of one word. ``"release"``: the words that the
         published release would decode (greedy, three words).
     threshold
         Cells whose probability is lower are ``"uncertain"``.
     min_genes
         Fewest genes of the model's vocabulary that the input must have.
+    precision
+        ``"fp32"``, ``"bf16"``, ``"int8"``; ``"auto"`` takes the fastest that gives the labels of fp32 on a sample
+        of the cells (see :mod:`scmulan.inference.precision`).
 
     Notes
     -----
@@ -76,12 +88,17 @@ def annotate(
     ``scmulan_cell_type_status``: ``confident``; ``uncertain``; ``conflict`` (coarse and fine type exclude each
     other); ``empty`` (no gene word: type is ``"unknown"``). Adds ``uns['scmulan']``.
 
+    Under ``torchrun`` each process does its share of the cells, and each gets all results.
+
     Raises
     ------
     MatrixError, GeneError, ModelError
         If the input or the model cannot be used; nothing is changed then.
     """
-    result = annotate_cells(adata, model, layer=layer, state=state, rule=rule, threshold=threshold, min_genes=min_genes)
+    result = annotate_cells(
+        adata, model, layer=layer, state=state, rule=rule, threshold=threshold, min_genes=min_genes,
+        precision=precision,
+    )  # fmt: skip
     for column in result.obs:
         adata.obs[column] = result.obs[column]
     merge_uns(adata, result.uns)
@@ -93,11 +110,13 @@ def annotate_cells(
     *,
     layer: str | None = None,
     state: Literal["counts", "log1p"] | None = None,
-    rule: Literal["default", "release"] = "default",
+    rule: Rule = "default",
     threshold: float = 0.5,
     min_genes: int = 20,
-    batch_words: int = 16_384,
+    precision: Precision = "auto",
+    batch_words: int | None = None,
     keep_state: bool = False,
+    parts: Parts | None = None,
     progress: Progress = lambda n: None,
 ) -> Annotation:
     """Name the type of each cell and leave the input alone; parameters as in :func:`annotate`.
@@ -105,41 +124,50 @@ def annotate_cells(
     Parameters
     ----------
     batch_words
-        Padded words per forward pass.
+        Padded words per forward pass (default: what suits the device and its memory).
     keep_state
         Return the embedding too: it comes from the same pass.
+    parts
+        Where results of finished blocks are kept, and taken from.
     progress
         Called with the number of cells just done.
     """
-    fine, coarse = (model.vocabulary.names(f) for f in (Family.FINE, Family.COARSE))
-    if not fine:
+    if not model.vocabulary.names(Family.FINE):
         raise ModelError(f"model {model.folder.name} has no cell types in its vocabulary: it cannot annotate")
     reader = CellReader(adata, model, layer=layer, state=state, min_genes=min_genes)
     namer = _Namer(model, threshold)
-    parts = []
-    states = np.zeros((len(reader) if keep_state else 0, model.config.width), dtype=np.float32)
-    for rows, words in reader.blocks():
-        prompts = gene_prompts(words, model.vocabulary, ANNOTATE)
+
+    def work(used: LoadedModel, prompts: Sentences, words: CellWords, budget: WordBudget) -> dict[str, np.ndarray]:
         if rule == "release":
-            said = release_rule.annotate(model.network, prompts, end=model.vocabulary.end)
-            parts.append(namer.release_table(*_release_types(model, said.entity), words.lengths))
-            state_of = said.embedding
+            said = release_rule.annotate(used.network, prompts, end=used.vocabulary.end)
+            arrays = namer.release(*_release_types(used, said.entity), words.lengths)
+            states = said.embedding
             progress(len(words))
         else:
-            scores = score_labels(model, prompts, batch_words=batch_words, progress=progress)
-            parts.append(namer.table(scores.fine, scores.coarse, words.lengths))
-            state_of = scores.state
-        if keep_state:
-            states[rows] = np.where(words.lengths[:, None] > 0, state_of, 0)
-    table = pd.concat(parts, ignore_index=True)
-    table.index = adata.obs_names.copy()
-    for name, words_of in ((KEY, fine), (f"{KEY}_coarse", coarse)):
-        used = set(table[name])
-        table[name] = pd.Categorical(table[name], categories=[w for w in (*words_of, "unknown") if w in used])
-    table[f"{KEY}_status"] = pd.Categorical(table[f"{KEY}_status"], categories=list(STATUSES))
-    parameters = {"rule": rule, "threshold": threshold, "layer": layer, "state": state, "min_genes": min_genes}
-    uns = provenance(model, "annotate", parameters, reader.account())
-    return Annotation(table, uns, states if keep_state else None)
+            scores = score_labels(used, prompts, budget=budget, given_coarse=rule == "stepwise", progress=progress)
+            arrays = namer.name(scores.fine, scores.coarse, words.lengths)
+            states = scores.state
+        return {**arrays, **({"state": without_empty(states, words)} if keep_state else {})}
+
+    parts = parts or Parts()
+    with ranks() as here:
+        used, blocks = run_blocks(
+            reader, model, work, rule=rule, precision=precision, batch_words=batch_words, parts=parts, ranks=here,
+            progress=progress,
+        )  # fmt: skip
+    names = ("fine", "coarse", "probability", "status", "words", "covered")
+    read = [parts.get(i, names) for i in range(blocks)]
+    found = {name: np.concatenate([part[name] for part in read]) for name in names}
+    parameters = {
+        "rule": rule, "threshold": threshold, "layer": layer, "state": state, "min_genes": min_genes,
+        "precision": used.network.precision,
+    }  # fmt: skip
+    uns = provenance(model, "annotate", parameters, reader.account(int(found["words"].sum()), found["covered"]))
+    return Annotation(
+        obs=namer.table(found, adata.obs_names),
+        uns=uns,
+        state=states_of(parts, blocks, len(reader), model.config.width) if keep_state else None,
+    )
 
 
 class _Namer:
@@ -160,26 +188,54 @@ class _Namer:
                 if f and c:
                     self.excludes[i, j] = not (ontology.is_a(f, c) or ontology.is_a(c, f))
 
-    def table(self, fine: np.ndarray, coarse: np.ndarray, words: np.ndarray) -> pd.DataFrame:
-        """Labels of cells from probabilities ``[cells, types]``."""
+    def name(self, fine: np.ndarray, coarse: np.ndarray, words: np.ndarray) -> dict[str, np.ndarray]:
+        """Places of labels and statuses of cells, from probabilities ``[cells, types]``."""
         best = fine.argmax(1)
         probability = np.take_along_axis(fine @ self.supports.T, best[:, None], 1)[:, 0].clip(0, 1)
         rough = coarse.argmax(1) if coarse.shape[1] else np.full(len(best), len(self.coarse) - 1)
-        status = np.where(probability >= self.threshold, "confident", "uncertain").astype(object)
-        status[self.excludes[best, rough]] = "conflict"
+        status = np.where(probability >= self.threshold, CONFIDENT, UNCERTAIN)
+        status[self.excludes[best, rough]] = CONFLICT
         empty = words == 0
         best, rough = np.where(empty, len(self.fine) - 1, best), np.where(empty, len(self.coarse) - 1, rough)
-        status[empty] = "empty"
-        return _columns(self.fine[best], self.coarse[rough], np.where(empty, 0, probability), status, self.ids[best])
+        return _small(best, rough, np.where(empty, 0, probability), np.where(empty, EMPTY, status))
 
-    def release_table(self, fine: np.ndarray, coarse: np.ndarray, words: np.ndarray) -> pd.DataFrame:
-        """Labels of cells from places among the fine and coarse types (−1: the word said is no such type)."""
+    def release(self, fine: np.ndarray, coarse: np.ndarray, words: np.ndarray) -> dict[str, np.ndarray]:
+        """The same from places among the fine and coarse types (−1: the word said is no such type)."""
         known = (fine >= 0) & (words > 0)
-        status = np.where(known, "confident", "uncertain").astype(object)
-        status[known & self.excludes[fine, coarse]] = "conflict"
-        status[words == 0] = "empty"
-        fine, coarse = np.where(known, fine, -1), np.where(words > 0, coarse, -1)
-        return _columns(self.fine[fine], self.coarse[coarse], np.full(len(fine), np.nan), status, self.ids[fine])
+        status = np.where(known, CONFIDENT, UNCERTAIN)
+        status[known & self.excludes[fine, coarse]] = CONFLICT
+        status[words == 0] = EMPTY
+        fine = np.where(known, fine, len(self.fine) - 1)
+        coarse = np.where((words > 0) & (coarse >= 0), coarse, len(self.coarse) - 1)
+        return _small(fine, coarse, np.full(len(fine), np.nan), status)
+
+    def table(self, found: dict[str, np.ndarray], cells: pd.Index) -> pd.DataFrame:
+        """Columns for ``obs`` from places; categories are those that occur, in the order of the vocabulary."""
+        fine, coarse = _categories(found["fine"], self.fine), _categories(found["coarse"], self.coarse)
+        return pd.DataFrame(
+            {
+                KEY: fine,
+                f"{KEY}_coarse": coarse,
+                f"{KEY}_probability": found["probability"].astype(np.float32),
+                f"{KEY}_status": pd.Categorical.from_codes(found["status"], categories=list(STATUSES)),
+                f"{KEY}_ontology_id": self.ids[found["fine"]],
+            },
+            index=cells.copy(),
+        )
+
+
+def _small(fine: Any, coarse: Any, probability: Any, status: Any) -> dict[str, np.ndarray]:
+    return {
+        "fine": np.asarray(fine, dtype=np.int32),
+        "coarse": np.asarray(coarse, dtype=np.int32),
+        "probability": np.asarray(probability, dtype=np.float32),
+        "status": np.asarray(status, dtype=np.int8),
+    }
+
+
+def _categories(places: np.ndarray, names: np.ndarray) -> pd.Categorical:
+    used = np.unique(places)
+    return pd.Categorical.from_codes(np.searchsorted(used, places), categories=list(names[used]))
 
 
 def _release_types(model: LoadedModel, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,15 +246,3 @@ def _release_types(model: LoadedModel, said: np.ndarray) -> tuple[np.ndarray, np
         place[model.vocabulary.ids(family)] = np.arange(len(model.vocabulary.ids(family)))
         out.append(place[said[:, column]] if said.shape[1] > column else np.full(len(said), -1))
     return out[0], out[1]
-
-
-def _columns(fine: Any, coarse: Any, probability: Any, status: Any, ids: Any) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            KEY: fine,
-            f"{KEY}_coarse": coarse,
-            f"{KEY}_probability": np.asarray(probability, dtype=np.float32),
-            f"{KEY}_status": status,
-            f"{KEY}_ontology_id": ids,
-        }
-    )

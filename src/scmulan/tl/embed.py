@@ -7,10 +7,14 @@ import anndata as ad
 import numpy as np
 
 from scmulan.inference import release_rule
-from scmulan.inference.engine import Progress, score_labels
-from scmulan.language.sentence import gene_prompts
-from scmulan.language.tasks import ANNOTATE
+from scmulan.inference.engine import Progress, WordBudget, last_state
+from scmulan.inference.precision import Precision
+from scmulan.inference.ranks import ranks
+from scmulan.language.expression import CellWords
+from scmulan.language.sentence import Sentences
 from scmulan.model.checkpoint import LoadedModel
+from scmulan.tl.parts import Parts
+from scmulan.tl.passes import run_blocks, states_of, without_empty
 from scmulan.tl.reading import CellReader, merge_uns, provenance
 
 KEY = "X_scmulan"
@@ -23,12 +27,12 @@ class Embedding:
     Parameters
     ----------
     values
-        float32 ``[cells, width]``; zeros for a cell without gene words.
+        float32 ``[cells, width]``; zeros for a cell without gene words. On disk, where the parts of the job are.
     uns
         Contents of ``uns['scmulan']``.
     """
 
-    values: np.ndarray
+    values: Any
     uns: dict[str, Any]
 
 
@@ -40,12 +44,13 @@ def embed(
     state: Literal["counts", "log1p"] | None = None,
     rule: Literal["default", "release"] = "default",
     min_genes: int = 20,
+    precision: Precision = "auto",
 ) -> None:
     """Put an embedding of each cell into ``obsm['X_scmulan']`` (float32, cells × width), in place.
 
     Parameters
     ----------
-    adata, model, layer, state, min_genes
+    adata, model, layer, state, min_genes, precision
         As in :func:`scmulan.tl.annotate`.
     rule
         ``"default"``: the hidden state that names the cell, at the annotation prompt's last word.
@@ -56,7 +61,7 @@ def embed(
     Cells of different studies are comparable as they are; use it in place of ``X_pca``:
     ``sc.pp.neighbors(adata, use_rep="X_scmulan")``.
     """
-    result = embed_cells(adata, model, layer=layer, state=state, rule=rule, min_genes=min_genes)
+    result = embed_cells(adata, model, layer=layer, state=state, rule=rule, min_genes=min_genes, precision=precision)
     adata.obsm[KEY] = result.values
     merge_uns(adata, result.uns)
 
@@ -69,19 +74,38 @@ def embed_cells(
     state: Literal["counts", "log1p"] | None = None,
     rule: Literal["default", "release"] = "default",
     min_genes: int = 20,
-    batch_words: int = 16_384,
+    precision: Precision = "auto",
+    batch_words: int | None = None,
+    parts: Parts | None = None,
     progress: Progress = lambda n: None,
 ) -> Embedding:
-    """Embed each cell and leave the input alone; parameters as in :func:`embed`."""
+    """Embed each cell and leave the input alone; parameters as in :func:`embed`.
+
+    Parameters
+    ----------
+    batch_words, parts, progress
+        As in :func:`scmulan.tl.annotate.annotate_cells`. With ``parts`` on disk, the values are left there.
+    """
     reader = CellReader(adata, model, layer=layer, state=state, min_genes=min_genes)
-    out = np.zeros((len(reader), model.config.width), dtype=np.float32)
-    for rows, words in reader.blocks():
-        prompts = gene_prompts(words, model.vocabulary, ANNOTATE)
+
+    def work(used: LoadedModel, prompts: Sentences, words: CellWords, budget: WordBudget) -> dict[str, np.ndarray]:
         if rule == "release":
-            out[rows] = release_rule.annotate(model.network, prompts, end=model.vocabulary.end).embedding
+            states = release_rule.annotate(used.network, prompts, end=used.vocabulary.end).embedding
             progress(len(words))
         else:
-            out[rows] = score_labels(model, prompts, batch_words=batch_words, progress=progress).state
-        out[rows][words.lengths == 0] = 0
-    parameters = {"rule": rule, "layer": layer, "state": state, "min_genes": min_genes}
-    return Embedding(out, provenance(model, "embed", parameters, reader.account()))
+            states = last_state(used, prompts, budget=budget, progress=progress)
+        return {"state": without_empty(states, words)}
+
+    parts = parts or Parts()
+    with ranks() as here:
+        used, blocks = run_blocks(
+            reader, model, work, rule=rule, precision=precision, batch_words=batch_words, parts=parts, ranks=here,
+            progress=progress,
+        )  # fmt: skip
+    read = [parts.get(i, ("words", "covered")) for i in range(blocks)]
+    parameters = {
+        "rule": rule, "layer": layer, "state": state, "min_genes": min_genes, "precision": used.network.precision,
+    }  # fmt: skip
+    account = reader.account(sum(int(p["words"].sum()) for p in read), np.concatenate([p["covered"] for p in read]))
+    values = states_of(parts, blocks, len(reader), model.config.width)
+    return Embedding(values if parts.folder else values.load(), provenance(model, "embed", parameters, account))

@@ -12,8 +12,10 @@ import scmulan
 from scmulan.errors import ScmulanError
 from scmulan.inference.blocks import write_in_blocks
 from scmulan.inference.engine import Progress
+from scmulan.inference.precision import Precision, apply_precision
 from scmulan.inference.sampling import Rule
-from scmulan.inference.writing import GenerateConfig, write_cells
+from scmulan.inference.speculate import MOST
+from scmulan.inference.writing import CPU_ROWS, GenerateConfig, write_cells
 from scmulan.language.expression import debin
 from scmulan.language.genes import match_genes
 from scmulan.language.sentence import decode
@@ -37,6 +39,9 @@ def generate(
     values: Literal["sample", "mean"] = "sample",
     genes: Sequence[str] | None = None,
     max_words: int = 1_550,
+    draft: int | None = None,
+    precision: Precision = "fp32",
+    batch: int | None = None,
     progress: Progress = lambda n: None,
 ) -> ad.AnnData:
     """Write new cells.
@@ -57,7 +62,7 @@ def generate(
     rule
         ``"default"``: what suits the model: in blocks with the number of genes of its training cells
         (:mod:`scmulan.inference.blocks`) where its card says how, else as ``"exact"``.
-        ``"exact"``: word by word from the model's likelihood; of a published model, by its chances
+        ``"exact"``: each word from the model's likelihood given those before it; of a published model, by its chances
         (:mod:`scmulan.inference.sampling`).
         ``"release"``: softmax over the logits, values at their mean, as the published release samples.
     values
@@ -67,6 +72,14 @@ def generate(
         Default: all of the model's genes.
     max_words
         Most genes of a cell.
+    draft
+        Words of a cell that are guessed and then checked in one pass (:mod:`scmulan.inference.speculate`), where the
+        rule says words one by one; 1 does without. Speed only: cells are the same. Default: as many as are fastest.
+    precision
+        In what to compute: ``"fp32"``, ``"bf16"``, ``"int8"``, or ``"auto"`` (:mod:`scmulan.inference.precision`).
+        Another precision writes other cells.
+    batch
+        Cells written side by side; cells do not depend on it. Default: what suits the device and its memory.
     progress
         Called with the number of cells just done.
 
@@ -83,7 +96,10 @@ def generate(
         If a metadata field or word is unknown; the nearest words are suggested.
     """
     metadata = dict(metadata or {})
-    _positive(n=n, temperature=temperature, max_words=max_words)
+    _positive(n=n, temperature=temperature, max_words=max_words, draft=draft, batch=batch)
+    if draft is not None and draft > MOST:
+        raise ScmulanError(f"draft is {draft}: expected at most {MOST} words")
+    model = apply_precision(model, precision, rows=CPU_ROWS)
     vocabulary = model.vocabulary
     prompt = np.array([*vocabulary.metadata_ids(metadata), vocabulary.prompts[GENERATE.name]])
     allowed = None
@@ -101,9 +117,11 @@ def generate(
     if rule == "default" and depth is not None:
         factor = _depth_factor(depth, metadata, [vocabulary.words[i] for i in prompt])
         spread = float(depth["spread"])
-        sentences = write_in_blocks(model, prompt, n, blocks=BLOCKS, factor=factor, spread=spread, **how, **shared)
+        sentences = write_in_blocks(
+            model, prompt, n, blocks=BLOCKS, factor=factor, spread=spread, batch=batch or CPU_ROWS, **how, **shared
+        )
     else:
-        config = GenerateConfig(rule=_rule(model, rule), **how)
+        config = GenerateConfig(rule=_rule(model, rule), draft=draft, batch=batch, **how)
         sentences = write_cells(model, prompt, n, config=config, **shared)
     cells = decode(sentences, vocabulary)
     covered = float(model.card.get("covered", 1.0))
@@ -125,6 +143,7 @@ def generate(
         "rule": rule,
         "values": values,
         "max_words": max_words,
+        "precision": model.network.precision,
         "panel": "all genes" if allowed is None else f"{int(allowed.sum())} genes",
     }
     out.uns["scmulan"] = {
@@ -154,5 +173,5 @@ def _rule(model: LoadedModel, rule: str) -> Rule:
 
 def _positive(**numbers: Any) -> None:
     for name, number in numbers.items():
-        if not number > 0:
+        if number is not None and not number > 0:
             raise ScmulanError(f"{name} is {number}: expected a positive number")

@@ -11,10 +11,13 @@ from typing import Any, Literal
 import anndata as ad
 import pandas as pd
 
+import scmulan
 from scmulan.errors import OutputError
 from scmulan.files import check_output, copy_with_results, open_input, write_h5ad, write_table
 from scmulan.inference.engine import Progress
 from scmulan.inference.load import load
+from scmulan.inference.precision import Precision
+from scmulan.inference.ranks import Ranks, ranks
 from scmulan.language.genes import choose_names
 from scmulan.language.matrix import choose_matrix
 from scmulan.model.checkpoint import LoadedModel
@@ -23,11 +26,12 @@ from scmulan.tl.annotate import STATUSES, annotate_cells
 from scmulan.tl.embed import KEY as EMBEDDING
 from scmulan.tl.embed import embed_cells
 from scmulan.tl.generate import generate
+from scmulan.tl.parts import Parts, parts_of
+from scmulan.tl.passes import Rule, block_cells
 from scmulan.tl.reading import merge_uns
 
 CELLS = (".h5ad", ".zarr")
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-BATCH_WORDS = 16_384
 
 # Given the number of cells, yields what is called with each number of cells done.
 ProgressOf = Callable[[int], AbstractContextManager[Progress]]
@@ -51,14 +55,15 @@ class Reading:
     device: str = "auto"
     """Where to compute."""
     batch_words: int | None = None
-    """Padded words per forward pass (default: what suits most machines)."""
+    """Padded words per forward pass (default: what suits the device and its memory)."""
+    precision: Precision = "auto"
+    """In what to compute."""
 
-    def options(self, progress: Progress) -> dict[str, Any]:
-        """Arguments of :func:`annotate_cells` and :func:`embed_cells`."""
-        words = BATCH_WORDS if self.batch_words is None else self.batch_words
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`annotate_cells` and :func:`embed_cells`, all of which but the last decide results."""
         return {
-            "layer": self.layer, "state": self.state, "min_genes": self.min_genes, "batch_words": words,
-            "progress": progress,
+            "layer": self.layer, "state": self.state, "min_genes": self.min_genes, "precision": self.precision,
+            "batch_words": self.batch_words,
         }  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def annotate_file(
     *,
     model: str | Path = "mini",
     table: str | os.PathLike[str] | None = None,
-    rule: Literal["default", "release"] = "default",
+    rule: Rule = "default",
     threshold: float = 0.5,
     embed: bool = False,
     reading: Reading | None = None,
@@ -112,22 +117,25 @@ def annotate_file(
     reading = reading or Reading()
     outputs = {out: CELLS} if table is None else {out: CELLS, table: TABLES}
     check_outputs(source, outputs, force)
-    with _cells(source) as adata:
+    with ranks() as here, _cells(source) as adata:
         loaded = load(model, device=reading.device)
-        with progress(adata.n_obs) as done, _Clock() as clock:
-            options = reading.options(done)
-            result = annotate_cells(adata, loaded, rule=rule, threshold=threshold, keep_state=embed, **options)
+        asked = {"rule": rule, "threshold": threshold, **reading.options()}
+        parts = _parts(source, out, adata.n_obs, loaded, "annotate", embed=embed, **asked)
+        with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
+            result = annotate_cells(adata, loaded, keep_state=embed, parts=parts, progress=done, **asked)
         if embed:
             used = result.uns["parameters"]
             used["embed"] = {k: v for k, v in used["annotate"].items() if k != "threshold"}
         merge_uns(adata, result.uns)
-        uns = {"scmulan": adata.uns["scmulan"]}
-    obsm = {} if result.state is None else {EMBEDDING: result.state}
-    copy_with_results(source, out, obs=result.obs, obsm=obsm, uns=uns)
-    if table is not None:
-        write_table(result.obs.rename_axis("cell"), table)
+        obsm = {} if result.state is None else {EMBEDDING: result.state}
+        if here.rank == 0:
+            copy_with_results(source, out, obs=result.obs, obsm=obsm, uns={"scmulan": adata.uns["scmulan"]})
+            if table is not None:
+                write_table(result.obs.rename_axis("cell"), table)
+            parts.remove()
+        here.share(None)
     return {
-        **_account(source, out, loaded, result.uns, clock),
+        **_account(source, out, loaded, result.uns, clock, here),
         "table": None if table is None else str(table),
         "cell_types": _counts(result.obs[TYPE]),
         "status": {name: int((result.obs[f"{TYPE}_status"] == name).sum()) for name in STATUSES},
@@ -156,14 +164,18 @@ def embed_file(
     """
     reading = reading or Reading()
     check_outputs(source, {out: CELLS}, force)
-    with _cells(source) as adata:
+    with ranks() as here, _cells(source) as adata:
         loaded = load(model, device=reading.device)
-        with progress(adata.n_obs) as done, _Clock() as clock:
-            result = embed_cells(adata, loaded, rule=rule, **reading.options(done))
+        asked = {"rule": rule, **reading.options()}
+        parts = _parts(source, out, adata.n_obs, loaded, "embed", **asked)
+        with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
+            result = embed_cells(adata, loaded, parts=parts, progress=done, **asked)
         merge_uns(adata, result.uns)
-        uns = {"scmulan": adata.uns["scmulan"]}
-    copy_with_results(source, out, obsm={EMBEDDING: result.values}, uns=uns)
-    account = _account(source, out, loaded, result.uns, clock)
+        if here.rank == 0:
+            copy_with_results(source, out, obsm={EMBEDDING: result.values}, uns={"scmulan": adata.uns["scmulan"]})
+            parts.remove()
+        here.share(None)
+    account = _account(source, out, loaded, result.uns, clock, here)
     return {**account, "obsm": [EMBEDDING], "width": int(result.values.shape[1])}
 
 
@@ -274,7 +286,23 @@ class _Clock:
         self.seconds = round(time.perf_counter() - self._start, 3)
 
 
-def _account(source: Any, out: Any, model: LoadedModel, uns: Mapping[str, Any], clock: _Clock) -> dict[str, Any]:
+def _parts(source: Any, out: Any, cells: int, model: LoadedModel, verb: str, **options: Any) -> Parts:
+    """Parts of the job that these options make; how many words go together changes none of them.
+
+    A job of a single block has nothing to go on from, and leaves nothing on the disk.
+    """
+    if cells <= block_cells(model):
+        return Parts()
+    job = {k: v for k, v in options.items() if k != "batch_words"}
+    device = model.network.word.weight.device.type
+    return parts_of(
+        source, out, {"verb": verb, "weights": model.weights_hash, "scmulan": scmulan.__version__, "on": device, **job}
+    )
+
+
+def _account(
+    source: Any, out: Any, model: LoadedModel, uns: Mapping[str, Any], clock: _Clock, here: Ranks
+) -> dict[str, Any]:
     """Tell what both verbs have to tell."""
     told = {name: uns[name] for name in ("cells", "model", "weights_hash", "words_per_cell", "matrix", "genes")}
     return {
@@ -283,6 +311,8 @@ def _account(source: Any, out: Any, model: LoadedModel, uns: Mapping[str, Any], 
         **told,
         "summary": uns["summary"],
         "device": str(model.network.word.weight.device),
+        "rank": here.rank,
+        "processes": here.world,
         "parameters": uns["parameters"],
         "seconds": clock.seconds,
         "cells_per_second": round(uns["cells"] / clock.seconds, 1) if clock.seconds else None,

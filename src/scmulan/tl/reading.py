@@ -1,7 +1,7 @@
 """The way in: from an AnnData to blocks of gene words, with an account of what was used."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import anndata as ad
@@ -50,16 +50,15 @@ class CellReader:
         self.model = model
         self.matrix = choose_matrix(adata, layer=layer, state=state)
         self.match = match_genes(self.matrix.var, model.vocabulary.genes, minimum=min_genes)
-        self._covered: list[np.ndarray] = []
-        self._words = 0
 
     def __len__(self) -> int:
         return self.matrix.n_cells
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, CellWords]]:
-        """Rows and gene words of consecutive cells."""
-        self._covered, self._words = [], 0
-        for rows, block in self.matrix.chunks(size):
+    def blocks(
+        self, size: int = BLOCK, *, wanted: Callable[[slice], bool] = lambda rows: True
+    ) -> Iterator[tuple[slice, CellWords]]:
+        """Rows and gene words of consecutive cells, of those blocks that are wanted."""
+        for rows, block in self.matrix.chunks(size, wanted=wanted):
             words = tokenize(
                 block,
                 self.match.columns,
@@ -67,17 +66,22 @@ class CellReader:
                 state=self.matrix.state,
                 levels=self.model.config.levels,
             )
-            self._covered.append(words.covered)
-            self._words += len(words.gene)
             yield rows, words
 
-    def account(self) -> dict[str, Any]:
-        """What was read, once the blocks are through; plain types that fit into ``uns`` and JSON."""
-        covered = np.concatenate(self._covered) if self._covered else np.zeros(0)
+    def account(self, words: int, covered: np.ndarray) -> dict[str, Any]:
+        """What was read; plain types that fit into ``uns`` and JSON.
+
+        Parameters
+        ----------
+        words
+            Gene words of all cells together.
+        covered
+            Share of each cell's total that lies in the vocabulary.
+        """
         share = float(covered.mean()) if len(covered) else 0.0
         return {
             "cells": len(self),
-            "words_per_cell": self._words / max(1, len(self)),
+            "words_per_cell": words / max(1, len(self)),
             "matrix": {"where": self.matrix.where, "state": self.matrix.state, "reason": self.matrix.reason},
             "genes": self.match.report(share),
             "summary": self.match.summary(share),

@@ -1,0 +1,118 @@
+"""How time and memory of annotation grow with cells, with words per cell, and with the cells of one pass."""
+
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmulan.benchmarks.ceiling import machine
+from scmulan.inference.engine import WordBudget, score_labels
+from scmulan.inference.load import load
+from scmulan.language.sentence import Sentences
+from scmulan.language.vocabulary import Family
+from scmulan.model.checkpoint import LoadedModel
+
+CELLS = (100, 1_000, 10_000, 100_000)
+WORDS = (100, 200, 400, 800, 1_550)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
+BLOCK = 2_048
+
+
+def run(*, quick: bool = False, plot: Path | None = None) -> dict[str, Any]:
+    """Time the small model over three axes, the other two held.
+
+    Parameters
+    ----------
+    quick
+        Fewer and smaller points.
+    plot
+        Where to draw the curves (PNG or SVG; needs matplotlib).
+
+    Returns
+    -------
+    dict
+        ``cells``, ``words`` and ``batch``: points with ``seconds`` and ``mib`` (peak above what the process had), and
+        ``exponent``, the slope of log seconds against log n (1 is linear).
+    """
+    model = load("mini", device="cpu")
+    score_labels(model, _sentences(model, 8, 100))
+    found = {
+        "cells": _curve(model, [(n, n, 100, None) for n in (CELLS[:2] if quick else CELLS)]),
+        "words": _curve(model, [(n, 32, n, None) for n in (WORDS[:3] if quick else WORDS)]),
+        "batch": _curve(model, [(n, max(16 if quick else 128, n), 300, n) for n in (BATCH[:5] if quick else BATCH)]),
+    }
+    if plot is not None:
+        _draw(found, plot)
+    return {"machine": machine(quick=quick), "model": "mini", **found, "plot": None if plot is None else str(plot)}
+
+
+def _curve(model: LoadedModel, points: list[tuple[int, int, int, int | None]]) -> dict[str, Any]:
+    """Points (n, cells, words of each, cells per pass) in turn."""
+    out: dict[str, Any] = {"n": [], "seconds": [], "mib": []}
+    for n, cells, words, batch in points:
+        budget = None if batch is None else WordBudget(words=batch * words)
+        before = _reset_peak()
+        start = time.perf_counter()
+        for begin in range(0, cells, BLOCK):
+            score_labels(model, _sentences(model, min(BLOCK, cells - begin), words, seed=begin), budget=budget)
+        out["n"].append(n)
+        out["seconds"].append(round(time.perf_counter() - start, 3))
+        out["mib"].append(None if before is None else round((_peak() - before) / 2**20, 1))
+    slope = np.polyfit(np.log(out["n"]), np.log(out["seconds"]), 1)[0]
+    return {**out, "exponent": round(float(slope), 2)}
+
+
+def _sentences(model: LoadedModel, n: int, words: int, seed: int = 0) -> Sentences:
+    rng = np.random.default_rng(seed)
+    genes, ask = model.vocabulary.ids(Family.GENE).astype(np.int32), model.vocabulary.prompts["annotate"]
+    entity = np.empty((n, words), dtype=np.int32)
+    for row in entity:
+        row[:-1] = rng.choice(genes, words - 1, replace=False)
+    entity[:, -1] = ask
+    value = rng.integers(1, 11, (n, words)).astype(np.uint8)
+    value[:, -1] = 0
+    lengths = np.full(n, words, dtype=np.int64)
+    return Sentences(np.arange(n + 1, dtype=np.int64) * words, entity.ravel(), value.ravel(), lengths)
+
+
+def _reset_peak() -> int | None:
+    """Let the peak begin anew; bytes in use now, None where the system offers no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _peak()
+    except OSError:
+        return None
+
+
+def _peak() -> int:
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def _draw(found: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    titles = {
+        "cells": "cells of 100 words",
+        "words": "words per cell, 32 cells",
+        "batch": "cells of 300 words per pass",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        curve = found[name]
+        axis.loglog(curve["n"], curve["seconds"], "o-", color="#1f6f8b", label="seconds")
+        axis.set(xlabel=title, title=f"time ∝ n^{curve['exponent']}")
+        if all(mib is not None and mib > 0 and math.isfinite(mib) for mib in curve["mib"]):
+            memory = axis.twinx()
+            memory.loglog(curve["n"], curve["mib"], "s--", color="#b5651d")
+            memory.set_ylabel("peak MiB", color="#b5651d")
+            memory.set_ylim(min(curve["mib"]) / 10, max(curve["mib"]) * 10)
+            memory.minorticks_off()
+        axis.set_ylabel("seconds", color="#1f6f8b")
+        axis.set_ylim(min(curve["seconds"]) / 3, max(curve["seconds"]) * 3)
+        axis.minorticks_off()
+    figure.savefig(path, dpi=150)

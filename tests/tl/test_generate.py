@@ -1,0 +1,39 @@
+"""What speed options of generate change: nothing but speed, except another precision."""
+
+import numpy as np
+import pytest
+
+import scmulan
+from scmulan.errors import ScmulanError
+from scmulan.inference.linears import int8_available
+
+
+def same(a, b):
+    return np.array_equal(a.layers["level"].toarray(), b.layers["level"].toarray()) and a.obs.equals(b.obs)
+
+
+@pytest.mark.parametrize("rule", ["exact", "release"])
+def test_cells_depend_on_neither_draft_nor_batch(random_model, rule):
+    def made(**options):
+        return scmulan.tl.generate(random_model, {"organ": "Blood"}, n=7, rule=rule, max_words=30, **options)
+
+    cells = made(draft=1)
+    assert same(cells, made()) and same(cells, made(draft=9)) and same(cells, made(batch=2))
+
+
+def test_precision_is_applied_and_told(random_model):
+    plain = scmulan.tl.generate(random_model, n=6, rule="exact", max_words=60)
+    assert plain.uns["scmulan"]["parameters"]["generate"]["precision"] == "fp32"
+    for precision in ["bf16", *(["int8"] if int8_available() else [])]:
+        other = scmulan.tl.generate(random_model, n=6, rule="exact", max_words=60, precision=precision)
+        assert other.uns["scmulan"]["parameters"]["generate"]["precision"] == precision
+        assert other.obs["words"].mean() == pytest.approx(plain.obs["words"].mean(), rel=0.5)
+    assert random_model.network.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"draft": 0}, "draft is 0"), ({"draft": 33}, "at most 32"), ({"batch": 0}, "batch is 0")]
+)
+def test_refuses(random_model, options, message):
+    with pytest.raises(ScmulanError, match=message):
+        scmulan.tl.generate(random_model, n=1, **options)
