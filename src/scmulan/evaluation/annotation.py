@@ -183,7 +183,7 @@ def _name_cells(
     if not len(rows):
         raise InputError(f"{path}: no labelled cell in column {labels!r}; expected cell types or CL ids")
     with named(path):
-        found = annotate_cells(adata, model, rule=rule, min_genes=min_genes)
+        found = annotate_cells(adata, model, rule=rule, min_genes=min_genes, precision="fp32")
     account = FileAccount(
         name=name,
         cells=len(raw),

@@ -180,7 +180,7 @@ def evaluate_integration(
         with named(path):
             genes.append(read_genes(adata, str(path)))
             for rule in rules:
-                embedding = embed_cells(adata, loaded, rule=rule, min_genes=min_genes).values
+                embedding = embed_cells(adata, loaded, rule=rule, min_genes=min_genes, precision="fp32").values
                 embeddings[f"X_scmulan ({rule})"].append(embedding)
     progress("PCA")
     pca, shared = _pca(genes, chosen["batch"].to_numpy(), hvg, dimensions, seed)
