@@ -18,6 +18,7 @@ from scmulan.cli import (
     finetune,
     generate,
     model,
+    perturb,
     pretrain,
     report,
 )
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (annotate, embed, generate, report, finetune, pretrain):
+for verb in (annotate, embed, generate, perturb, report, finetune, pretrain):
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(model.app, name="model")

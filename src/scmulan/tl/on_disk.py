@@ -28,6 +28,8 @@ from scmulan.tl.embed import embed_cells
 from scmulan.tl.generate import generate
 from scmulan.tl.parts import Parts, parts_of
 from scmulan.tl.passes import Rule, block_cells
+from scmulan.tl.perturb import KEY as PERTURBED
+from scmulan.tl.perturb import perturb_cells
 from scmulan.tl.reading import merge_uns
 
 CELLS = (".h5ad", ".zarr")
@@ -177,6 +179,54 @@ def embed_file(
         here.share(None)
     account = _account(source, out, loaded, result.uns, clock, here)
     return {**account, "obsm": [EMBEDDING], "width": int(result.values.shape[1])}
+
+
+def perturb_file(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    genes: Mapping[str, int],
+    *,
+    model: str | Path = "mini",
+    reading: Reading | None = None,
+    force: bool = False,
+    progress: ProgressOf = no_progress,
+) -> dict[str, Any]:
+    """Copy a file of cells and put into the copy what changes with some genes at another level.
+
+    Parameters
+    ----------
+    genes
+        As in :func:`scmulan.tl.perturb`.
+    source, out, model, reading, force, progress
+        As in :func:`annotate_file`.
+
+    Returns
+    -------
+    dict
+        Account in plain types: ``input``, ``output``, ``cells``, ``model``, ``matrix``, ``genes``, ``changed`` (cells
+        of which a word changed), ``other_type`` (cells of another type than before), ``mean_shift`` (of changed
+        cells), ``seconds`` …
+    """
+    reading = reading or Reading()
+    check_outputs(source, {out: CELLS}, force)
+    with ranks() as here, _cells(source) as adata:
+        loaded = load(model, device=reading.device)
+        parts = _parts(source, out, adata.n_obs, loaded, "perturb", levels=dict(genes), **reading.options())
+        with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
+            result = perturb_cells(adata, loaded, genes, parts=parts, progress=done, **reading.options())
+        merge_uns(adata, result.uns)
+        if here.rank == 0:
+            copy_with_results(source, out, obs=result.obs, uns={"scmulan": adata.uns["scmulan"]})
+            parts.remove()
+        here.share(None)
+    changed = result.obs[PERTURBED]
+    return {
+        **_account(source, out, loaded, result.uns, clock, here),
+        "changed": int(changed.sum()),
+        "other_type": int(result.other_type.sum()),
+        "mean_shift": round(float(result.obs.loc[changed, f"{PERTURBED}_shift"].mean()), 4) if changed.any() else 0.0,
+        "obs": list(result.obs.columns),
+    }
 
 
 def generate_file(

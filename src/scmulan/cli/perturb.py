@@ -1,0 +1,62 @@
+"""``scmulan perturb``."""
+
+from typing import Annotated
+
+import typer
+
+from scmulan.cli import console, options
+
+
+def perturb(
+    cells: options.Cells,
+    out: options.Out,
+    gene: Annotated[
+        list[str],
+        typer.Option(
+            metavar="GENE=LEVEL",
+            show_default=False,
+            help="0: silent; 10: as high as the cell's highest gene; may be given again.",
+        ),
+    ],
+    model: options.Model = "mini",
+    layer: options.Layer = None,
+    state: options.State = None,
+    min_genes: options.MinGenes = 20,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    batch_size: options.BatchSize = options.AUTO,
+    as_json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Ask what each cell would be read as, were a gene silent (or high).
+
+    The output is a copy of the input with scmulan_perturbed, …_cell_type, …_probability, …_probability_before and
+    …_shift in obs. No other gene is changed: this tells what a gene says about a cell, not what a living cell would do.
+    """
+    from scmulan.tl.on_disk import Reading, perturb_file
+
+    account = perturb_file(
+        cells, out, _levels(gene), model=model,
+        reading=Reading(
+            layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
+        ),
+        force=force, progress=console.progress,
+    )  # fmt: skip
+    rows = {
+        **console.reading(account),
+        "changed": f"{account['changed']:,} cells, {account['other_type']:,} of them of another type now; "
+        f"mean shift {account['mean_shift']}",
+        "written": account["output"],
+    }
+    if account["rank"] == 0:
+        console.result(account, f"{console.heading(account)}\n{console.table(rows)}", as_json)
+
+
+def _levels(texts: list[str]) -> dict[str, int]:
+    levels = {}
+    for text in texts:
+        name, _, level = text.partition("=")
+        if not name or not level.isdigit():
+            raise typer.BadParameter(f"{text!r}: expected GENE=LEVEL, such as GATA1=0", param_hint="--gene")
+        levels[name] = int(level)
+    return levels
