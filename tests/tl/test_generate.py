@@ -1,5 +1,11 @@
 """What speed options of generate change: nothing but speed, except another precision."""
 
+import os
+import socket
+import subprocess
+import sys
+
+import anndata as ad
 import numpy as np
 import pytest
 
@@ -37,3 +43,20 @@ def test_precision_is_applied_and_told(random_model):
 def test_refuses(random_model, options, message):
     with pytest.raises(ScmulanError, match=message):
         scmulan.tl.generate(random_model, n=1, **options)
+
+
+@pytest.mark.parametrize("rule", ["default", "exact"])
+def test_two_processes_write_the_cells_of_one(tmp_path, rule):
+    alone, shared = tmp_path / "alone.h5ad", tmp_path / "shared.h5ad"
+    asked = ["--set", "organ=Blood", "-n", "5", "--rule", rule, "--max-words", "40", "--draft", "4"]
+    command = [sys.executable, "-m", "scmulan", "generate", *asked, "--device", "cpu", "-o"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(alone)], check=True, env=environment, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [subprocess.Popen([*command, str(shared)], env={**environment, "RANK": str(r)}) for r in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    a, b = ad.read_h5ad(alone), ad.read_h5ad(shared)
+    assert a.n_obs == 5 and (a.layers["level"] != b.layers["level"]).nnz == 0
+    assert (a.obs["words"] == b.obs["words"]).all()

@@ -90,4 +90,5 @@ def generate(
         "written": account["output"],
     }
     heading = f"{account['cells']:,} cells written by {account['model']} in {account['seconds']:.1f} s"
-    console.result(account, f"{heading}\n{console.table(rows)}", as_json)
+    if account["rank"] == 0:
+        console.result(account, f"{heading}\n{console.table(rows)}", as_json)

@@ -39,6 +39,7 @@ def write_in_blocks(
     sample_values: bool = True,
     max_words: int = 1_550,
     batch: int = 64,
+    share: slice = slice(None),
     genes: np.ndarray | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Sentences:
@@ -56,7 +57,7 @@ def write_in_blocks(
         On the number of genes that the model expects after the prompt.
     spread
         Standard deviation of the logarithm of a cell's number of genes around its expectation.
-    temperature, sample_values, max_words, batch, genes, progress
+    temperature, sample_values, max_words, batch, share, genes, progress
         As for :func:`scmulan.inference.writing.write_cells`.
 
     Returns
@@ -73,8 +74,9 @@ def write_in_blocks(
     start = network(entity, torch.zeros_like(entity), first)[:, -1]
     expected = float(_logits(model, start, temperature)[:, sayable].sigmoid().sum()) * factor
     written: list[tuple[np.ndarray, np.ndarray, int]] = []
-    for begin in range(0, n, batch):
-        streams = [np.random.default_rng([seed, row]) for row in range(begin, min(n, begin + batch))]
+    rows = range(n)[share]
+    for begin in range(0, len(rows), batch):
+        streams = [np.random.default_rng([seed, row]) for row in rows[begin : begin + batch]]
         depth = np.array([np.exp(spread * s.standard_normal() - spread**2 / 2) for s in streams])
         wanted = torch.from_numpy(np.minimum(expected * depth, max_words)).to(device)
         state = _State(model, first.expand(len(streams)), start.expand(len(streams), -1), sayable)

@@ -56,6 +56,7 @@ def write_cells(
     *,
     config: GenerateConfig,
     seed: int,
+    share: slice = slice(None),
     genes: np.ndarray | None = None,
     progress: Progress = lambda n: None,
 ) -> Sentences:
@@ -69,6 +70,8 @@ def write_cells(
         Number of sentences.
     seed
         Row ``i`` draws from its own stream ``(seed, i)``: the same seed gives the same cells, whatever the batch.
+    share
+        Which of the ``n`` sentences to write: a process among others writes its own.
     genes
         Bool ``[V]``: genes that may be said (default: all).
 
@@ -77,7 +80,7 @@ def write_cells(
     Sentences
         Prompt and words; a sentence that reached ``max_words`` lacks the end word.
     """
-    rows = [(0, i) for i in range(n)]
+    rows = [(0, i) for i in range(n)[share]]
     return Writer(model, config, genes=genes).write([prompt], rows, seed=seed, progress=progress)
 
 

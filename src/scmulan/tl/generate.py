@@ -1,6 +1,7 @@
 """What would such a cell look like?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import anndata as ad
@@ -13,12 +14,13 @@ from scmulan.errors import ScmulanError
 from scmulan.inference.blocks import write_in_blocks
 from scmulan.inference.engine import Progress
 from scmulan.inference.precision import Precision, apply_precision
+from scmulan.inference.ranks import ranks
 from scmulan.inference.sampling import Rule
 from scmulan.inference.speculate import MOST
 from scmulan.inference.writing import CPU_ROWS, GenerateConfig, write_cells
 from scmulan.language.expression import debin
 from scmulan.language.genes import match_genes
-from scmulan.language.sentence import decode
+from scmulan.language.sentence import Sentences, decode
 from scmulan.language.tasks import GENERATE
 from scmulan.language.vocabulary import Family, family_of_field
 from scmulan.model.checkpoint import LoadedModel
@@ -44,7 +46,7 @@ def generate(
     batch: int | None = None,
     progress: Progress = lambda n: None,
 ) -> ad.AnnData:
-    """Write new cells.
+    """Write new cells; under ``torchrun`` each process writes its share, and all get all cells.
 
     Parameters
     ----------
@@ -107,22 +109,27 @@ def generate(
         match = match_genes(list(genes), vocabulary.genes, source="`genes`", warn_below=0.0)
         allowed = np.zeros(len(vocabulary), dtype=bool)
         allowed[vocabulary.ids(Family.GENE)[match.columns[match.columns >= 0]]] = True
-    shared: dict[str, Any] = {"seed": seed, "genes": allowed, "progress": progress}
+    shared: dict[str, Any] = {"n": n, "seed": seed, "genes": allowed, "progress": progress}
     how: dict[str, Any] = {
         "temperature": temperature,
         "sample_values": values == "sample" and rule != "release",
         "max_words": max_words,
     }
     depth = model.card.get("depth")
+    write: Callable[..., Sentences]
     if rule == "default" and depth is not None:
         factor = _depth_factor(depth, metadata, [vocabulary.words[i] for i in prompt])
         spread = float(depth["spread"])
-        sentences = write_in_blocks(
-            model, prompt, n, blocks=BLOCKS, factor=factor, spread=spread, batch=batch or CPU_ROWS, **how, **shared
+        write = partial(
+            write_in_blocks, blocks=BLOCKS, factor=factor, spread=spread, batch=batch or CPU_ROWS, **how, **shared
         )
     else:
         config = GenerateConfig(rule=_rule(model, rule), draft=draft, batch=batch, **how)
-        sentences = write_cells(model, prompt, n, config=config, **shared)
+        write = partial(write_cells, config=config, **shared)
+    with ranks() as here:
+        mine = write(model, prompt, share=slice(here.rank, None, here.world))
+        given = here.share([(*mine[i], int(mine.prompt[i])) for i in range(len(mine))])
+    sentences = Sentences.join([given[i % here.world][i // here.world] for i in range(n)])
     cells = decode(sentences, vocabulary)
     covered = float(model.card.get("covered", 1.0))
     shape = (n, len(vocabulary.genes))

@@ -265,9 +265,12 @@ def generate_file(
     check_outputs(genes_from, {out: CELLS}, force)
     loaded = load(model, device=device)
     genes = None if genes_from is None else gene_names(genes_from, loaded)
-    with progress(n) as done, _Clock() as clock:
-        cells = generate(loaded, metadata, n=n, genes=genes, progress=done, **options)
-    write_h5ad(cells, out)
+    with ranks() as here:
+        with progress(-(-n // here.world)) as done, _Clock() as clock:
+            cells = generate(loaded, metadata, n=n, genes=genes, progress=done, **options)
+        if here.rank == 0:
+            write_h5ad(cells, out)
+        here.share(None)
     words = cells.obs["words"].to_numpy()
     told = cells.uns["scmulan"]
     return {
@@ -279,6 +282,8 @@ def generate_file(
         "prompt": told["prompt"],
         "words_per_cell": {"mean": round(float(words.mean()), 2), "sd": round(float(words.std()), 2)},
         "complete": int(cells.obs["complete"].sum()),
+        "rank": here.rank,
+        "processes": here.world,
         "parameters": told["parameters"]["generate"],
         "seconds": clock.seconds,
     }
