@@ -1,6 +1,5 @@
 """How time and memory of annotation grow with cells, with words per cell, and with the cells of one pass."""
 
-import math
 import re
 import time
 from pathlib import Path
@@ -106,11 +105,14 @@ def _draw(found: dict[str, Any], path: Path) -> None:
         curve = found[name]
         axis.loglog(curve["n"], curve["seconds"], "o-", color="#1f6f8b", label="seconds")
         axis.set(xlabel=title, title=f"time ∝ n^{curve['exponent']}")
-        if all(mib is not None and mib > 0 and math.isfinite(mib) for mib in curve["mib"]):
+        # A point that took no more than the process had already has no place on a logarithmic axis.
+        told = [(n, mib) for n, mib in zip(curve["n"], curve["mib"], strict=True) if mib is not None and mib > 0]
+        if told:
+            numbers, mib = zip(*told, strict=True)
             memory = axis.twinx()
-            memory.loglog(curve["n"], curve["mib"], "s--", color="#b5651d")
+            memory.loglog(numbers, mib, "s--", color="#b5651d")
             memory.set_ylabel("peak MiB", color="#b5651d")
-            memory.set_ylim(min(curve["mib"]) / 10, max(curve["mib"]) * 10)
+            memory.set_ylim(min(mib) / 10, max(mib) * 10)
             memory.minorticks_off()
         axis.set_ylabel("seconds", color="#1f6f8b")
         axis.set_ylim(min(curve["seconds"]) / 3, max(curve["seconds"]) * 3)
