@@ -12,14 +12,13 @@ from scmulan.files import BlockArray
 from scmulan.inference import release_rule
 from scmulan.inference.engine import Progress, WordBudget, score_labels
 from scmulan.inference.precision import Precision
-from scmulan.inference.ranks import ranks
 from scmulan.language.expression import CellWords
 from scmulan.language.ontology import Ontology
 from scmulan.language.sentence import Sentences
 from scmulan.language.vocabulary import Family
 from scmulan.model.checkpoint import LoadedModel
 from scmulan.tl.parts import Parts
-from scmulan.tl.passes import Rule, run_blocks, states_of, without_empty
+from scmulan.tl.passes import Rule, run_blocks, without_empty
 from scmulan.tl.reading import CellReader, merge_uns, provenance
 
 KEY = "scmulan_cell_type"
@@ -149,24 +148,19 @@ def annotate_cells(
             states = scores.state
         return {**arrays, **({"state": without_empty(states, words)} if keep_state else {})}
 
-    parts = parts or Parts()
-    with ranks() as here:
-        used, blocks = run_blocks(
-            reader, model, work, rule=rule, precision=precision, batch_words=batch_words, parts=parts, ranks=here,
-            progress=progress,
-        )  # fmt: skip
-    names = ("fine", "coarse", "probability", "status", "words", "covered")
-    read = [parts.get(i, names) for i in range(blocks)]
-    found = {name: np.concatenate([part[name] for part in read]) for name in names}
+    done = run_blocks(
+        reader, model, work, rule=rule, precision=precision, batch_words=batch_words, parts=parts, progress=progress
+    )
+    found = done.columns("fine", "coarse", "probability", "status", "words", "covered")
     parameters = {
         "rule": rule, "threshold": threshold, "layer": layer, "state": state, "min_genes": min_genes,
-        "precision": used.network.precision,
+        "precision": done.precision,
     }  # fmt: skip
     uns = provenance(model, "annotate", parameters, reader.account(int(found["words"].sum()), found["covered"]))
     return Annotation(
         obs=namer.table(found, adata.obs_names),
         uns=uns,
-        state=states_of(parts, blocks, len(reader), model.config.width) if keep_state else None,
+        state=done.states(model.config.width) if keep_state else None,
     )
 
 

@@ -9,12 +9,11 @@ import numpy as np
 from scmulan.inference import release_rule
 from scmulan.inference.engine import Progress, WordBudget, last_state
 from scmulan.inference.precision import Precision
-from scmulan.inference.ranks import ranks
 from scmulan.language.expression import CellWords
 from scmulan.language.sentence import Sentences
 from scmulan.model.checkpoint import LoadedModel
 from scmulan.tl.parts import Parts
-from scmulan.tl.passes import run_blocks, states_of, without_empty
+from scmulan.tl.passes import run_blocks, without_empty
 from scmulan.tl.reading import CellReader, merge_uns, provenance
 
 KEY = "X_scmulan"
@@ -96,16 +95,13 @@ def embed_cells(
             states = last_state(used, prompts, budget=budget, progress=progress)
         return {"state": without_empty(states, words)}
 
-    parts = parts or Parts()
-    with ranks() as here:
-        used, blocks = run_blocks(
-            reader, model, work, rule=rule, precision=precision, batch_words=batch_words, parts=parts, ranks=here,
-            progress=progress,
-        )  # fmt: skip
-    read = [parts.get(i, ("words", "covered")) for i in range(blocks)]
+    done = run_blocks(
+        reader, model, work, rule=rule, precision=precision, batch_words=batch_words, parts=parts, progress=progress
+    )
+    found = done.columns("words", "covered")
     parameters = {
-        "rule": rule, "layer": layer, "state": state, "min_genes": min_genes, "precision": used.network.precision,
+        "rule": rule, "layer": layer, "state": state, "min_genes": min_genes, "precision": done.precision,
     }  # fmt: skip
-    account = reader.account(sum(int(p["words"].sum()) for p in read), np.concatenate([p["covered"] for p in read]))
-    values = states_of(parts, blocks, len(reader), model.config.width)
-    return Embedding(values if parts.folder else values.load(), provenance(model, "embed", parameters, account))
+    account = reader.account(int(found["words"].sum()), found["covered"])
+    values = done.states(model.config.width)
+    return Embedding(values if done.parts.folder else values.load(), provenance(model, "embed", parameters, account))

@@ -1,6 +1,7 @@
 """The way through a model: blocks of cells in, arrays of each block out, shared among processes and resumable."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +10,7 @@ from scmulan.files import BlockArray
 from scmulan.inference.engine import Progress, word_budget
 from scmulan.inference.memory import WordBudget
 from scmulan.inference.precision import Precision, apply_precision, choose_precision
-from scmulan.inference.ranks import Ranks
+from scmulan.inference.ranks import Ranks, ranks
 from scmulan.language.expression import CellWords
 from scmulan.language.sentence import Sentences, gene_prompts
 from scmulan.language.tasks import ANNOTATE
@@ -36,19 +37,51 @@ def block_cells(model: LoadedModel) -> int:
     return int(np.clip(2 ** int(np.log2(max(1, cells))), FEWEST_CELLS, BLOCK))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """Results of all blocks of a job.
+
+    Parameters
+    ----------
+    parts
+        Where they are.
+    cells
+        Cells of each block.
+    precision
+        That the model was used in.
+    """
+
+    parts: Parts
+    cells: list[int]
+    precision: str
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """Arrays of all cells, in the input's order."""
+        read = [self.parts.get(i, names) for i in range(len(self.cells))]
+        return {name: np.concatenate([part[name] for part in read]) for name in names}
+
+    def states(self, width: int) -> BlockArray:
+        """The embedding, float32 ``[cells, width]``, read from the parts block by block."""
+
+        def read() -> Iterator[np.ndarray]:
+            for i in range(len(self.cells)):
+                yield self.parts.get(i, ("state",))["state"]
+
+        return BlockArray(shape=(sum(self.cells), width), dtype=np.float32, blocks=read)
+
+
 def run_blocks(
     reader: CellReader,
     model: LoadedModel,
     work: Work,
     *,
-    rule: Rule,
+    rule: Rule = "default",
     precision: Precision,
     batch_words: int | None,
-    parts: Parts,
-    ranks: Ranks,
+    parts: Parts | None,
     progress: Progress,
-) -> tuple[LoadedModel, int]:
-    """Do all blocks that are not done yet; every process has all parts afterwards.
+) -> Done:
+    """Do all blocks that are not done yet, under ``torchrun`` this process's share; each has all results afterwards.
 
     Parameters
     ----------
@@ -66,17 +99,31 @@ def run_blocks(
     batch_words
         Padded words per pass, None for what suits.
     parts
-        Where results go; blocks that are there are not done again.
-    ranks
-        This process among others.
+        Where results go, in memory by default; blocks that are there are not done again.
     progress
         Told of the cells whose results are there already.
 
     Returns
     -------
-    tuple
-        The model in the precision that was used, and the number of blocks.
+    Done
+        With the arrays that ``work`` gives, and ``words`` and ``covered`` of each cell.
     """
+    parts = parts or Parts()
+    with ranks() as here:
+        return _run(reader, model, work, rule, precision, batch_words, parts, here, progress)
+
+
+def _run(
+    reader: CellReader,
+    model: LoadedModel,
+    work: Work,
+    rule: Rule,
+    precision: Precision,
+    batch_words: int | None,
+    parts: Parts,
+    ranks: Ranks,
+    progress: Progress,
+) -> Done:
     size = block_cells(model)
     blocks = [slice(start, min(start + size, len(reader))) for start in range(0, len(reader), size)]
     todo = {i for i in range(len(blocks)) if ranks.mine(i) and i not in parts}
@@ -95,22 +142,12 @@ def run_blocks(
         parts.take_in(ranks.share(parts))
     else:
         ranks.share(None)
-    return used or model, len(blocks)
+    return Done(parts=parts, cells=[b.stop - b.start for b in blocks], precision=(used or model).network.precision)
 
 
 def without_empty(states: np.ndarray, words: CellWords) -> np.ndarray:
     """States with zeros for cells without gene words."""
     return np.where(words.lengths[:, None] > 0, states, np.float32(0))
-
-
-def states_of(parts: Parts, blocks: int, cells: int, width: int) -> BlockArray:
-    """The embedding that lies in the parts."""
-
-    def read() -> Iterator[np.ndarray]:
-        for i in range(blocks):
-            yield parts.get(i, ("state",))["state"]
-
-    return BlockArray(shape=(cells, width), dtype=np.float32, blocks=read)
 
 
 def _settled(model: LoadedModel, rule: Rule, precision: Precision, parts: Parts, ranks: Ranks) -> Precision:

@@ -13,7 +13,6 @@ import scipy.sparse as sp
 from scmulan.errors import InputError, ModelError
 from scmulan.inference.engine import Progress, WordBudget, score_labels
 from scmulan.inference.precision import Precision
-from scmulan.inference.ranks import ranks
 from scmulan.language.expression import CellWords
 from scmulan.language.gene_table import GeneTable
 from scmulan.language.sentence import Sentences, gene_prompts
@@ -142,15 +141,8 @@ def perturb_cells(
         out["shift"][rows] = 1 - (before.state[rows] * after.state).sum(1) / np.maximum(lengths, 1e-12)
         return out
 
-    parts = parts or Parts()
-    with ranks() as here:
-        used, blocks = run_blocks(
-            reader, model, work, rule="default", precision=precision, batch_words=batch_words, parts=parts, ranks=here,
-            progress=progress,
-        )  # fmt: skip
-    names = ("changed", "before", "after", "had", "fine", "shift", "words", "covered")
-    read = [parts.get(i, names) for i in range(blocks)]
-    found = {name: np.concatenate([part[name] for part in read]) for name in names}
+    done = run_blocks(reader, model, work, precision=precision, batch_words=batch_words, parts=parts, progress=progress)
+    found = done.columns("changed", "before", "after", "had", "fine", "shift", "words", "covered")
     empty = found["words"] == 0
     types = np.where(empty & ~found["changed"], "unknown", np.array(fine, dtype=object)[found["fine"]])
     present = [name for name in (*fine, "unknown") if name in set(types)]
@@ -166,7 +158,7 @@ def perturb_cells(
     )
     parameters = {
         "genes": {model.vocabulary.genes[g]: level for g, level in levels.items()},
-        "layer": layer, "state": state, "min_genes": min_genes, "precision": used.network.precision,
+        "layer": layer, "state": state, "min_genes": min_genes, "precision": done.precision,
     }  # fmt: skip
     account = reader.account(int(found["words"].sum()), found["covered"])
     return Perturbation(obs, found["fine"] != found["had"], provenance(model, "perturb", parameters, account))
