@@ -72,15 +72,13 @@ def rest_of(terminal: int) -> str:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_nothing_behind(folder, tiny, number, code):
-    process, terminal, seen = start_and_watch(
-        folder, tiny, "generate", "-n", "100000"
-    )  # minutes: on a busy machine the signal comes late
+    process, terminal, seen = start_and_watch(folder, tiny, "generate", "-n", "3000")
     process.send_signal(number)
     said = rest_of(terminal)
     assert process.wait() == code
     assert process.stdout.read() == ""
     process.stdout.close()
-    assert re.search(r"[1-9]\d*/100000 \[\d\d:\d\d<\d+:\d\d.*cells", seen)  # speed and time left
+    assert re.search(r"[1-9]\d*/3000 \[\d\d:\d\d<\d+:\d\d.*cells", seen)  # speed and time left
     assert "Traceback" not in said
     assert ("scmulan: interrupted" in said) == (number == signal.SIGINT)
     assert not os.listdir(folder)
