@@ -4,15 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from scmulan.model.cache import STEP
+from scmulan.model import transformer
+from scmulan.model.cache import STEP, Cache
+from scmulan.model.tiles import TILE, TiledCache
 
 LENGTHS = (1, 6, 3, 9)
 # What each row reads after its prompt, in three calls: a row may pause, one call brings several words.
 CALLS = ((1, 1, 1, 1), (1, 0, 3, 2), (0, 2, 1, 1))
 
 
+@pytest.fixture(params=[TiledCache, Cache], ids=["tiled", "plain"])
+def kind(request, monkeypatch):
+    """The cache of the host, and the one of every other device, on the host."""
+    monkeypatch.setattr(transformer, "TiledCache", request.param)
+    return request.param
+
+
 @pytest.fixture(params=[False, True], ids=["published", "set_state"])
-def network(request, make_network):
+def network(request, make_network, kind):
     return make_network(set_state=request.param)
 
 
@@ -63,19 +72,19 @@ def test_chosen_rows_go_on_alone(network, words):
     prompts = [(e[:n], v[:n]) for (e, v), n in zip(words, LENGTHS, strict=True)]
     cache = network.new_cache(4, 20)
     network(*padded(prompts, fill=10), cache, torch.tensor(LENGTHS))
-    chosen = cache.select(torch.tensor([3, 0]))
-    found = network(torch.tensor([[8], [9]]), torch.tensor([[2], [5]]), chosen)[:, 0]
-    for row, i, word, value in ((0, 3, 8, 2), (1, 0, 9, 5)):
+    cache.keep_rows([1, 3])
+    assert cache.rows == 2 and cache.length.tolist() == [LENGTHS[1], LENGTHS[3]]
+    found = network(torch.tensor([[8], [9]]), torch.tensor([[2], [5]]), cache)[:, 0]
+    for row, i, word, value in ((0, 1, 8, 2), (1, 3, 9, 5)):
         e, v = (torch.cat((t, torch.tensor([x]))) for t, x in zip(prompts[i], (word, value), strict=True))
         np.testing.assert_allclose(found[row].numpy(), network(e[None], v[None])[0, -1].numpy(), atol=1e-5)
-    assert cache.length.tolist() == list(LENGTHS)  # the original is as it was
 
 
-def test_capacity_and_size(make_network):
+def test_capacity_and_size(make_network, kind):
     cache = make_network(layers=2, heads=2, width=16).new_cache(3, 20)
-    assert cache.capacity == 20
-    assert cache.keys.shape == (2, 3, 2, 20, 8)
-    assert cache.bag is None
+    assert type(cache) is kind and cache.bag is None
+    assert cache.capacity == (20 if kind is Cache else TILE)
+    assert cache.keys.numel() == cache.values.numel() == 2 * 3 * 16 * cache.capacity
 
 
 @torch.inference_mode()
@@ -114,14 +123,25 @@ def test_a_row_starts_anew_in_its_own_slots(network, words):
 
 
 @torch.inference_mode()
-def test_room_is_made_in_steps(network, words):
+def test_room_is_made_in_steps(network, words, kind):
     entity, value = words[3]
     cache = network.new_cache(1, 3)
+    first = cache.capacity
+    network(torch.full((1, first), 7), torch.full((1, first), 3), cache)
     for t in range(9):
         cache.reserve(1)
         hidden = network(entity[None, t : t + 1], value[None, t : t + 1], cache)
-    np.testing.assert_allclose(hidden[0, 0].numpy(), network(entity[None, :9], value[None, :9])[0, -1], atol=1e-5)
-    assert cache.capacity == 3 + STEP
+    e, v = (torch.cat((torch.full((first,), x), part[:9])) for x, part in ((7, entity), (3, value)))
+    np.testing.assert_allclose(hidden[0, 0].numpy(), network(e[None], v[None])[0, -1], atol=1e-5)
+    assert cache.capacity == first + STEP
     full = network.new_cache(1, 3)
-    full.reserve(4, most=9)
-    assert full.capacity == 9
+    full.reserve(full.capacity + 1, most=full.capacity + 6)
+    assert full.capacity == (9 if kind is Cache else 2 * TILE)
+
+
+def test_too_many_words_are_refused(network):
+    """Not written elsewhere: the compiled loop does not look where memory ends."""
+    cache = network.new_cache(2, 3)
+    network(torch.zeros(2, cache.capacity, dtype=torch.int64), torch.zeros(2, cache.capacity, dtype=torch.int64), cache)
+    with pytest.raises((IndexError, RuntimeError)), torch.inference_mode():
+        network(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), cache)

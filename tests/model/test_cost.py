@@ -38,7 +38,7 @@ def test_cache_size_is_what_the_cache_takes():
     config = SHAPES[1]
     cache = Mulan(config).new_cache(1, 10)
     taken = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-    assert taken == 10 * cost.kv_bytes_per_word(config, "fp32")
+    assert taken == cache.capacity * cost.kv_bytes_per_word(config, "fp32")
 
 
 @pytest.mark.parametrize("config", SHAPES[1:])

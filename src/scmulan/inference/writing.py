@@ -26,6 +26,8 @@ PASSES_UNSEEN = 8
 AVERAGED = 4
 # Rows side by side where memory is not short.
 CPU_ROWS, GPU_ROWS = 64, 256
+# Bytes of cache that a CPU gets at once: growing copies everything, and the system gives pages when they are written.
+ROOM = 1 << 30
 # Rows are moved together once this share of them is done and none waits.
 SPARSE = 0.25
 
@@ -97,14 +99,16 @@ class _Start:
 class _Places:
     """Rows being written. Each tensor's first axis is the place."""
 
-    def __init__(self, model: LoadedModel, chance: Chance, places: int, most: int, capacity: int) -> None:
+    def __init__(self, model: LoadedModel, chance: Chance, places: int, most: int, longest: int) -> None:
         network = model.network
         V, W, weight = network.config.vocabulary, network.config.width, network.word.weight
         device = weight.device
         self.chance = chance
-        self.bound = capacity + most + MOST
+        self.bound = longest + most + MOST
         """Most slots that a row can need."""
-        self.cache = network.new_cache(places, capacity)
+        needed = places * self.bound * kv_bytes_per_word(network.config, "fp32")
+        at_once = device.type == "cpu" and needed <= ROOM
+        self.cache = network.new_cache(places, self.bound if at_once else min(longest + STEP, self.bound))
         self.hidden = weight.new_zeros(places, W)
         self.average = torch.zeros(places, W, device=device)
         """Mean of the last states, from which the coming ones are foreseen."""
@@ -120,9 +124,9 @@ class _Places:
         """Which row lies there; kept on the host."""
 
     def select(self, places: np.ndarray) -> None:
-        """Keep some places only."""
+        """Keep some places only, named in ascending order."""
         at = torch.from_numpy(places).to(self.count.device)
-        self.cache = self.cache.select(at)
+        self.cache.keep_rows(places.tolist())
         self.chance.select(places)
         for name in ("hidden", "average", "inputs", "said", "words", "values", "count", "limit", "running"):
             setattr(self, name, getattr(self, name)[at])
@@ -211,7 +215,7 @@ class Writer:
             ring=ring,
             device=self.device,
         )
-        places = _Places(self.model, chance, batch, self.most, longest + STEP)
+        places = _Places(self.model, chance, batch, self.most, longest)
         while True:
             for place in np.flatnonzero(places.who < 0)[: len(waiting)]:
                 row = waiting.popleft()

@@ -1,8 +1,11 @@
 """Keys and values of words already read, for rows of different lengths."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Slots are added in steps of this many, and by at least half of what there is: growing copies everything.
@@ -37,6 +40,24 @@ class Cache:
     _before: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
     _sums: Tensor | None = field(default=None, repr=False)
 
+    AXIS: ClassVar[int] = 3
+    """Axis of the slots."""
+    UNIT: ClassVar[int] = 1
+    """Slots that one index of it stands for."""
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, capacity: int, width: int, *, bag: Tensor | None, like: Tensor
+    ) -> Self:
+        """Cache of words of so many heads of so much width, of the kind of a tensor."""
+        keys, values = (cls._room((layers, rows, heads, capacity, width), like) for _ in range(2))
+        return cls(keys=keys, values=values, length=torch.zeros(rows, dtype=torch.int64, device=like.device), bag=bag)
+
+    @staticmethod
+    def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+        # What no word has filled is masked, and must be a number nevertheless: zero times it is added.
+        return like.new_zeros(shape)
+
     @property
     def rows(self) -> int:
         """Number of sentences."""
@@ -45,7 +66,14 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Words that each row has room for."""
-        return self.keys.shape[3]
+        return self.keys.shape[self.AXIS] * self.UNIT
+
+    def attend(self, layer: int, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """Add new words ``[rows, new, 3, heads, head width]`` of a layer; what they see: ``[rows, new, width]``."""
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        k, v = self.append(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return y.transpose(1, 2).flatten(2)
 
     def mask(self, new: int) -> Tensor | None:
         """Which slots each of ``new`` coming words may look at: bool ``[rows, 1, new, slots]``.
@@ -99,38 +127,51 @@ class Cache:
             return
         room = max(needed, self.capacity + max(STEP, self.capacity // 2))
         room = max(needed, room if most is None else min(room, most))
-        grown = [old.new_zeros((*old.shape[:3], room, old.shape[4])) for old in (self.keys, self.values)]
-        for new, old in zip(grown, (self.keys, self.values), strict=True):
-            new[:, :, :, : self.used] = old[:, :, :, : self.used]
-        self.keys, self.values = grown
+        self.keys, self.values = (self._moved(t, range(self.rows), room) for t in (self.keys, self.values))
 
-    def put(self, rows: Tensor, source: "Cache") -> None:
+    def put(self, rows: Tensor, source: Self) -> None:
         """Let rows (int64 indices) start anew with what another cache's only row has read."""
-        self.keys[:, rows, :, : source.used] = source.keys[:, :, :, : source.used]
-        self.values[:, rows, :, : source.used] = source.values[:, :, :, : source.used]
+        for mine, other in ((self.keys, source.keys), (self.values, source.values)):
+            self._used(mine, source.used)[:, rows] = self._used(other, source.used)
         self.length = self.length.index_fill(0, rows, source.used)
         self.used = max(self.used, source.used)
         if self.bag is not None:
             assert source.bag is not None
             self.bag = self.bag.index_copy(0, rows, source.bag.expand(len(rows), -1))
 
-    def expand(self, rows: int) -> "Cache":
+    def expand(self, rows: int) -> Self:
         """Copy of a one-row cache for ``rows`` rows that share its prompt."""
-        shape = (-1, rows, -1, -1, -1)
-        return Cache(
-            keys=self.keys.expand(shape).clone(),
-            values=self.values.expand(shape).clone(),
+        return replace(
+            self,
+            keys=self._moved(self.keys, [0] * rows, self.capacity),
+            values=self._moved(self.values, [0] * rows, self.capacity),
             length=self.length.expand(rows).clone(),
             bag=None if self.bag is None else self.bag.expand(rows, -1).clone(),
-            used=self.used,
+            _before=None,
+            _sums=None,
         )
 
-    def select(self, rows: Tensor) -> "Cache":
-        """Cache of some rows (int64 indices)."""
-        return Cache(
-            keys=self.keys[:, rows],
-            values=self.values[:, rows],
-            length=self.length[rows],
-            bag=None if self.bag is None else self.bag[rows],
-            used=self.used,
-        )
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forget all rows but some, which move together; they are named in ascending order."""
+        for tensor in (self.keys, self.values):
+            used = self._used(tensor, self.used)
+            for place, row in enumerate(rows):
+                if place != row:
+                    used[:, place].copy_(used[:, row])
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        at = torch.tensor(rows, dtype=torch.int64, device=self.length.device)
+        self.length, self.bag = self.length[at], None if self.bag is None else self.bag[at]
+
+    def _used(self, tensor: Tensor, words: int) -> Tensor:
+        """Part of keys or values that holds the first words of all rows."""
+        return tensor.narrow(self.AXIS, 0, -(-words // self.UNIT))
+
+    def _moved(self, old: Tensor, rows: Sequence[int], capacity: int) -> Tensor:
+        """Keys or values of some rows in new room, what is in use of them."""
+        shape = list(old.shape)
+        shape[1], shape[self.AXIS] = len(rows), -(-capacity // self.UNIT)
+        new = self._room(tuple(shape), old)
+        to, source = self._used(new, self.used), self._used(old, self.used)
+        for place, row in enumerate(rows):
+            to[:, place].copy_(source[:, row])
+        return new

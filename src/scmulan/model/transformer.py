@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scmulan.errors import ModelError
 from scmulan.model.cache import Cache
+from scmulan.model.tiles import TiledCache
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,11 +85,11 @@ class Attention(nn.Module):
     def forward(self, x_BTW: Tensor, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
         """Attend to the words so far; with a cache, to those of earlier calls too."""
         B, T, W = x_BTW.shape
-        q, k, v = (t.view(B, T, self.heads, W // self.heads).transpose(1, 2) for t in self.qkv(x_BTW).split(W, dim=2))
+        qkv = self.qkv(x_BTW).view(B, T, 3, self.heads, W // self.heads)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.out(y.transpose(1, 2).reshape(B, T, W))
+            return self.out(cache.attend(layer, qkv, mask))
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, W))
 
     def last(self, x_BTW: Tensor, at: Tensor) -> Tensor:
         """Attend from one position of each row, ``at`` (int64 ``[B]``), to the words up to it: ``[B, W]``."""
@@ -329,9 +330,7 @@ class Mulan(nn.Module):
         """Empty cache for ``rows`` sentences of up to ``capacity`` words."""
         c = self.config
         weight = self.word.weight
-        shape = (c.layers, rows, c.heads, capacity, c.width // c.heads)
         bag = torch.zeros(rows, 2 * c.width + 1, device=weight.device) if self.set_state is not None else None
-        length = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        dtype = torch.bfloat16 if self.precision == "bf16" else weight.dtype
-        keys, values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
-        return Cache(keys=keys, values=values, length=length, bag=bag)
+        like = weight.new_empty(0, dtype=torch.bfloat16 if self.precision == "bf16" else weight.dtype)
+        kind = TiledCache if like.device.type == "cpu" and like.dtype == torch.float32 else Cache
+        return kind.empty(c.layers, rows, c.heads, capacity, c.width // c.heads, bag=bag, like=like)
