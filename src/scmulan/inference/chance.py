@@ -11,7 +11,9 @@ What is drawn for a word's place depends on the stream and the place only, not o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ from torch import Tensor
 CHUNK = 32
 # Visits listed for each place; those of genes that are said already or have little weight come to nothing.
 VISITS = 64
-# Exponential numbers below this are drawn more finely.
-SMALL = 2.0**-10
+# Numbers that are made together, in memory that is near.
+BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,15 +148,55 @@ class Chance:
 
 
 def exponentials(stream: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard-exponential numbers in float32, the small ones as finely as float32 can tell them.
+    """Standard-exponential numbers in float32, the small ones in steps of 2⁻³².
 
     numpy's have 23 bits in all, some are zero: among thousands of words one that is as good as impossible would win a
-    race now and then. Small ones are drawn again, given that they are small.
+    race now and then; and drawing them takes longer than a small network needs for a word. Here the stream gives a key,
+    and 32 bits of each number are its place hashed with the key.
     """
-    drawn = stream.standard_exponential(shape, dtype=np.float32)
-    small = np.nonzero(drawn < SMALL)
-    drawn[small] = -np.log1p(-stream.random(len(small[0])) * -np.expm1(-SMALL))
-    return np.maximum(drawn, np.finfo(np.float32).tiny)
+    out = np.empty(shape, dtype=np.float32)
+    _exponentials(stream.integers(2**64, dtype=np.uint64), out.reshape(-1))
+    return out
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+def _exponentials(key: Any, out: np.ndarray) -> None:
+    """Fill in −log(1 − v) with v uniform: SplitMix64 (Steele, Lea and Flood 2014), then Cephes' logarithm."""
+    bits = np.empty(BLOCK, np.uint32)
+    rest, taken = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    as_bits, mantissa = rest.view(np.int32), bits.view(np.float32)
+    for start in range(0, len(out), BLOCK):
+        number = min(BLOCK, len(out) - start)
+        numbers = out[start : start + number]
+        for i in range(number):
+            z = key + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            bits[i] = (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+        for i in range(number):
+            v = min((np.float32(bits[i]) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
+            numbers[i] = v
+            rest[i] = np.float32(1) - v
+            taken[i] = np.float32(1) - rest[i]
+        for i in range(number):
+            # 1 − v = 2^e m with √½ ≤ m < √2
+            e = (as_bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)
+            bits[i] = np.uint32(as_bits[i] - (e << np.int32(23)))
+            as_bits[i] = e
+        for i in range(number):
+            m, e, v = mantissa[i] - np.float32(1), np.float32(as_bits[i]), numbers[i]
+            p = np.float32(7.0376836292e-2) * m + np.float32(-1.1514610310e-1)
+            p = p * m + np.float32(1.1676998740e-1)
+            p = p * m + np.float32(-1.2420140846e-1)
+            p = p * m + np.float32(1.4249322787e-1)
+            p = p * m + np.float32(-1.6668057665e-1)
+            p = p * m + np.float32(2.0000714765e-1)
+            p = p * m + np.float32(-2.4999993993e-1)
+            p = p * m + np.float32(3.3333331174e-1)
+            square = m * m
+            log = (p * m - np.float32(0.5)) * square + m + e * np.float32(0.6931471805599453)
+            # 1 − v was rounded; the logarithm of what is near 1 is in proportion to what was really taken off.
+            numbers[i] = -log * (v / taken[i]) if taken[i] > 0 else v
 
 
 def _put(ring: Tensor, numbers: np.ndarray) -> None:
