@@ -15,9 +15,9 @@ from anndata.io import write_elem
 from scmulan.corpus import imports
 from scmulan.corpus.build import build
 from scmulan.corpus.readers import blocks, hash_input, matrix_of, opened
-from scmulan.corpus.spec import StudySpec, read_corpus_spec
+from scmulan.corpus.spec import StudySpec, read_corpus_spec, read_spec
 from scmulan.corpus.store import Corpus
-from scmulan.errors import InputError, MatrixError
+from scmulan.errors import InputError, MatrixError, RecipeError
 from scmulan.language.vocabulary import Family
 
 PROTEIN = "CD3_antibody"
@@ -177,6 +177,32 @@ def test_what_cannot_be_read_is_named(tmp_path, made, cells):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["a"], file["b"] = 1, 2
     refused("other.h5", "neither AnnData nor 10x output of one genome")
+
+
+def test_a_table_of_some_cells_leaves_the_others(tmp_path, made, cells):
+    x, obs = cells
+    made.adata(x, obs=obs).write_h5ad(tmp_path / "a.h5ad")
+    named = pd.DataFrame({"label": ["mast cell", ""], "note": "by hand"}, index=obs.index[[4, 2]])
+    named.to_csv(tmp_path / "cells.csv")
+    with opened(StudySpec(file=tmp_path / "a.h5ad", name="a", columns={}, obs=tmp_path / "cells.csv")) as adata:
+        found = adata.obs
+    expected = obs["label"].astype(object)
+    expected.iloc[[4, 2]] = ["mast cell", ""]
+    assert found["label"].tolist() == expected.tolist() and found["donor"].tolist() == obs["donor"].tolist()
+    assert found["note"].fillna("-").value_counts().to_dict() == {"-": len(obs) - 2, "by hand": 2}
+
+
+def test_a_table_may_lie_beside_the_recipe(tmp_path, made, cells):
+    x, obs = cells
+    (tmp_path / "data").mkdir()
+    made.adata(x, obs=obs).write_h5ad(tmp_path / "data" / "a.h5ad")
+    obs.to_csv(tmp_path / "cells.csv")
+    raw = {"folder": "data", "study": [{"file": "a.h5ad", "obs": "cells.csv"}]}
+    assert read_spec(raw, tmp_path)[0].obs == tmp_path / "cells.csv"
+    obs.to_csv(tmp_path / "data" / "cells.csv")
+    assert read_spec(raw, tmp_path)[0].obs == tmp_path / "data" / "cells.csv"  # the data's own comes first
+    with pytest.raises(RecipeError, match="training cells not found"):
+        read_spec({"folder": "data", "study": [{"file": "a.h5ad", "obs": "none.csv"}]}, tmp_path)
 
 
 def test_a_table_of_other_cells_is_refused(tmp_path, made, cells):

@@ -59,7 +59,7 @@ def opened(spec: StudySpec, imported: Path | None = None) -> Iterator[ad.AnnData
 
 
 def _joined(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Columns of a table, for the cells of another, by name."""
+    """Columns of a table, for the cells of another, by name; a cell that the table lacks keeps what it had."""
     separator = "\t" if ".tsv" in path.name.lower() else ","
     table = pd.read_csv(path, sep=separator, index_col=0, dtype=str, keep_default_na=False)
     table.index = table.index.astype(str)
@@ -70,6 +70,8 @@ def _joined(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"({', '.join(obs.index[:2])}, …): put the same names into its first column"
         )
     table = table[~table.index.duplicated()].reindex(obs.index)
+    for column in table.columns.intersection(obs.columns):
+        table[column] = table[column].fillna(obs[column].astype(object))
     return pd.concat([obs.drop(columns=table.columns, errors="ignore"), table], axis=1)
 
 

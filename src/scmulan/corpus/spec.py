@@ -172,7 +172,7 @@ def read_spec(raw: Mapping[str, Any], base: Path) -> list[StudySpec]:
         if "file" not in entry:
             raise RecipeError("a [[study]] without `file`: name its h5ad file, relative to `folder`")
         path = folder / entry["file"]
-        table = folder / entry["obs"] if "obs" in entry else None
+        table = _table(folder, base, entry["obs"]) if "obs" in entry else None
         for wanted in (path, table):
             if wanted is not None and not wanted.exists():
                 raise RecipeError(
@@ -203,6 +203,12 @@ def read_spec(raw: Mapping[str, Any], base: Path) -> list[StudySpec]:
     if not studies:
         raise RecipeError("the recipe's [data] names no [[study]]: there is nothing to train on")
     return studies
+
+
+def _table(folder: Path, base: Path, name: str) -> Path:
+    """A table of cells lies beside the data, or, where those are nobody's to write to, beside the recipe."""
+    beside = base / name
+    return beside.resolve() if beside.is_file() and not (folder / name).is_file() else folder / name
 
 
 def _families(raw: Mapping[str, Any]) -> tuple[dict[Family, Any], Any]:
