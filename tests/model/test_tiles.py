@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from scmulan.model import team, tiles
-from scmulan.model.panel import add_product
-from scmulan.model.tiles import MANY, TILE, TiledCache
+from scmulan.model.causal import attend_causally
+from scmulan.model.kernels import TILE, add_product
+from scmulan.model.tiles import MANY, TiledCache
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
@@ -111,3 +112,25 @@ def test_a_long_prompt_is_read_alike(new):
     q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(qkv.unbind(2), more.unbind(2), strict=True))
     expected = F.scaled_dot_product_attention(q[:, :, -1:], k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(cache.attend(0, more, None), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "heads", "width"), [(2, 64, 2, 32), (1, 65, 3, 56), (3, 200, 1, 5), (1, 1, 1, 8)]
+)
+def test_whole_sentences(rows, words, heads, width, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    qkv = torch.from_numpy(np.random.default_rng(words).standard_normal((rows, words, 3, heads, width))).float() * 2
+    q, k, v = (t.double().transpose(1, 2) for t in qkv.unbind(2))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend_causally(qkv).double(), expected, atol=1e-5, rtol=0)
+    longer = torch.cat((qkv, torch.full((rows, 70, 3, heads, width), 1e3)), 1)  # padding counts for nothing
+    assert torch.equal(attend_causally(longer)[:, :words], attend_causally(qkv))
+
+
+def test_a_network_gives_the_same_with_and_without_gradients(make_network):
+    """Which is with the library's attention, and with ours."""
+    network = make_network(layers=2, heads=2, width=16)
+    words = torch.from_numpy(np.random.default_rng(0).integers(0, 30, (2, 2 * TILE + 3)))
+    with torch.inference_mode():
+        found = network(words, words % 11)
+    torch.testing.assert_close(found, network(words, words % 11).detach(), atol=1e-5, rtol=0)

@@ -7,7 +7,7 @@ words. This one keeps keys in tiles of 64 words, each dimension's side by side, 
 what it gives for a word does not depend on how many words are read in the same call.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Self
 
 import numba
@@ -18,15 +18,11 @@ from torch import Tensor
 
 from scmulan.model import team
 from scmulan.model.cache import Cache
-from scmulan.model.panel import WIDE, add_product, next_number, pointer_to
+from scmulan.model.causal import attend_causally
+from scmulan.model.kernels import TILE, WIDE, add_product, compiled, next_number, pointer_to, softmax
 
-TILE = 64
 # New words of empty rows from which on a library's attention is faster.
 MANY = 32
-
-_compiled: Any = partial(
-    numba.njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "nnan"}
-)
 
 
 class TiledCache(Cache):
@@ -62,9 +58,8 @@ class TiledCache(Cache):
                 f"{new} more words after {self.used} in a cache with room for {self.capacity}: reserve some"
             )
         if self.used == 0 and new > MANY:
-            q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-            self._fill(layer, k, v)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            self._fill(layer, *(t.transpose(1, 2) for t in qkv.unbind(2)[1:]))
+            return attend_causally(qkv)
         out = torch.empty(rows, new, heads, width)
         keys, values, length = (t.numpy() for t in (self.keys[layer], self.values[layer], self.length))
         attend(qkv.detach().contiguous().numpy(), keys, values, length, out.numpy(), torch.get_num_threads())
@@ -114,7 +109,7 @@ def _callback() -> Any:
     return attend_in_c
 
 
-@_compiled()
+@compiled()
 def _attend(frame: int) -> None:
     """Rows that no other thread has taken; see :func:`attend` for what the frame says of them."""
     f = numba.carray(pointer_to(frame), 12, np.int64)
@@ -126,7 +121,9 @@ def _attend(frame: int) -> None:
     out = numba.carray(pointer_to(f[11]), (rows, new, heads, width), np.float32)
     slots = -(-(most + new) // TILE) * TILE
     score = np.empty((heads, new, slots), np.float32)
+    share = np.empty((heads, new), np.float32)
     exponent = np.empty(slots, np.int32)
+    scale = np.float32(width) ** np.float32(-0.5)
     words, size = 3 * heads * width, TILE * width
     while True:
         row = next_number(frame)
@@ -156,7 +153,7 @@ def _attend(frame: int) -> None:
                 )  # fmt: skip
         for head in range(heads):
             for t in range(new):
-                _softmax(score[head, t], before + t + 1, end, np.float32(width) ** np.float32(-0.5), exponent)
+                share[head, t] = softmax(score[head, t], before + t + 1, end, scale, exponent)
         for tile in range(used):
             for head in range(heads):
                 add_product(
@@ -165,37 +162,7 @@ def _attend(frame: int) -> None:
                     result + 4 * head * width, heads * width,
                     new, min(TILE, end - tile * TILE), width, WIDE,
                 )  # fmt: skip
-
-
-@_compiled()
-def _softmax(score: np.ndarray, number: int, end: int, scale: float, exponent: np.ndarray) -> None:
-    """Softmax of the first ``number`` scores × ``scale`` in place; the others up to ``end`` become zero.
-
-    exp(x) = 2^n · 2^f with n whole and |f| ≤ ½; 2^f by its Taylor polynomial of degree 7, right to float32's last bits.
-    """
-    largest = score[0]
-    for j in range(1, number):
-        largest = max(largest, score[j])
-    power = exponent.view(np.float32)
-    per_log2 = np.float32(scale * np.float32(1.4426950408889634))
-    total = np.float32(0)
-    for j in range(number):
-        x = max((score[j] - largest) * per_log2, np.float32(-126))
-        n = np.floor(x + np.float32(0.5))
-        exponent[j] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        f = (x - n) * np.float32(0.6931471805599453)
-        p = np.float32(1 / 5040) * f + np.float32(1 / 720)
-        p = p * f + np.float32(1 / 120)
-        p = p * f + np.float32(1 / 24)
-        p = p * f + np.float32(1 / 6)
-        p = p * f + np.float32(0.5)
-        p = p * f + np.float32(1)
-        score[j] = p * f + np.float32(1)
-    for j in range(number):
-        score[j] *= power[j]
-        total += score[j]
-    total = np.float32(1) / total
-    for j in range(number):
-        score[j] *= total
-    for j in range(number, end):
-        score[j] = 0
+        for t in range(new):
+            for head in range(heads):
+                for d in range(width):
+                    out[row, t, head, d] *= share[head, t]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from scmulan.errors import ModelError
 from scmulan.model.cache import Cache
+from scmulan.model.causal import attend_causally
+from scmulan.model.kernels import TILE
 from scmulan.model.tiles import TiledCache
 
 
@@ -88,6 +90,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BTW).view(B, T, 3, self.heads, W // self.heads)
         if cache is not None:
             return self.out(cache.attend(layer, qkv, mask))
+        if T >= TILE and qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not torch.is_grad_enabled():
+            return self.out(attend_causally(qkv))
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, W))
 

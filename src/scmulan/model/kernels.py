@@ -1,9 +1,9 @@
-"""A product of two small matrices that stays in registers, written in the compiler's own vectors.
+"""The inner loops of attention on a CPU in float32, compiled: products, and the exponentials between them.
 
-The sum C += A B of a few rows of A and a tile B is the inner loop of attention. From loops over arrays the compiler
-makes one that goes through memory for every product, as it cannot know that C and B lie apart; here sums stay in
-registers from the first row of B to the last. They are taken in the order of B's rows whatever the number of rows of A:
-what a row gives does not depend on those beside it.
+The sum C += A B of a few rows of A and a tile B stays in registers from the first row of B to the last. It is written
+in the compiler's own vectors for that: from loops over arrays the compiler makes one that goes through memory for every
+product, as it cannot know that C and B lie apart. Sums are taken in the order of B's rows whatever the number of rows
+of A: what a row gives does not depend on those beside it.
 """
 
 from functools import partial
@@ -11,11 +11,17 @@ from typing import Any
 
 import llvmlite.binding
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 _untyped: Any = intrinsic
+compiled: Any = partial(
+    numba.njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "nnan"}
+)
+# Words in a tile of keys, whose products are summed together.
+TILE = 64
 # Rows of A whose sums are kept at once.
 ROWS = 4
 # Whether the machine has registers for 64 columns of each.
@@ -164,3 +170,35 @@ def pointer_to(typing: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return numba.types.voidptr(numba.int64), emit
+
+
+@compiled()
+def softmax(score: np.ndarray, number: int, end: int, scale: float, exponent: np.ndarray) -> Any:
+    """Exponentials of the first ``number`` scores × ``scale``, less the largest, in place; one over their sum.
+
+    The others up to ``end`` become zero. exp(x) = 2^n · 2^f with n whole and |f| ≤ ½; 2^f by its Taylor polynomial of
+    degree 6, right to float32's last bit.
+    """
+    largest = score[0]
+    for j in range(1, number):
+        largest = max(largest, score[j])
+    power = exponent.view(np.float32)
+    per_log2 = np.float32(scale * np.float32(1.4426950408889634))
+    total = np.float32(0)
+    for j in range(number):
+        x = max((score[j] - largest) * per_log2, np.float32(-126))
+        n = np.floor(x + np.float32(0.5))
+        exponent[j] = (np.int32(n) + np.int32(127)) << np.int32(23)
+        f = (x - n) * np.float32(0.6931471805599453)
+        p = np.float32(1 / 720) * f + np.float32(1 / 120)
+        p = p * f + np.float32(1 / 24)
+        p = p * f + np.float32(1 / 6)
+        p = p * f + np.float32(0.5)
+        p = p * f + np.float32(1)
+        score[j] = p * f + np.float32(1)
+    for j in range(number):
+        score[j] *= power[j]
+        total += score[j]
+    for j in range(number, end):
+        score[j] = 0
+    return np.float32(1) / total
