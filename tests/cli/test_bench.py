@@ -33,7 +33,13 @@ def test_corpus(capsys):
     assert told["cells"] == 2000 and told["peak_mib"] > 0 and told["cells_per_second"] > 0
 
 
-@pytest.mark.parametrize("name", ["train", "resume", "annotate", "embed", "generate", "growth"])
+def test_attention(capsys):
+    """It compares what the two kernels give before it tells their times."""
+    told = line(capsys, "attention", "--quick")
+    assert told["new_words"]["mini"]["1"]["ratio"] > 0 and told["sentences"]["368M"]["185"]["gflops"] > 0
+
+
+@pytest.mark.parametrize("name", ["train", "resume", "annotate", "embed", "generate", "growth", "attention"])
 def test_the_others_tell_what_they_are(capsys, name):
     assert main(["bench", name, "--help"]) == 0
     assert "--quick" in capsys.readouterr().out

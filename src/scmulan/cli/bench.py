@@ -90,3 +90,9 @@ def growth(
 def generate(quick: Quick = False) -> None:
     """Words written per second, beside the release's way with its key-value cache; block decoding."""
     report("generate", quick=quick)
+
+
+@app.command()
+def attention(quick: Quick = False) -> None:
+    """Attention of new words and of whole sentences, beside torch's kernel."""
+    report("attention", quick=quick)

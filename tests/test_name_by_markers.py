@@ -1,0 +1,75 @@
+"""Names from clusters and markers, as the packaged model's recipe uses them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+ROOT = Path(__file__).resolve().parents[1]
+TYPES = ("B cell", "dendritic cell", "platelet")
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("name_by_markers", ROOT / "tools" / "name_by_markers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three kinds of cells, each with 20 genes of its own among 200; the study names the first kind vaguely or not."""
+    rng = np.random.default_rng(0)
+    kind = np.repeat(np.arange(3), 60)
+    rate = np.full((180, 200), 0.5)
+    for k in range(3):
+        rate[np.ix_(kind == k, np.arange(20 * k, 20 * k + 20))] = 6
+    obs = pd.DataFrame({"label": "", "coarse": ""}, index=[f"c{i}" for i in range(180)])
+    obs.iloc[:10] = "plasma cell"
+    obs.iloc[10:20] = ["vague", "vaguer"]
+    path = tmp_path / "study.h5ad"
+    cells = ad.AnnData(sp.csr_matrix(rng.poisson(rate).astype(np.float32)), obs=obs)
+    cells.var_names = [f"G{i}" for i in range(200)]
+    cells.write_h5ad(path)
+    return path, kind
+
+
+def test_clusters_get_the_names_of_their_markers(tool, study, tmp_path, monkeypatch, capsys):
+    path, kind = study
+    genes = [f"G{20 * k} G{20 * k + 1} G{20 * k + 2} -G{(20 * k + 20) % 60} ABSENT" for k in range(3)]
+    markers = pd.DataFrame({"label": TYPES, "coarse": [f"coarse {t}" for t in TYPES], "markers": genes})
+    markers.to_csv(tmp_path / "markers.tsv", sep="\t", index=False)
+    given = [str(path), "--markers", str(tmp_path / "markers.tsv"), "-o", str(tmp_path / "out.csv")]
+    monkeypatch.setattr(sys, "argv", ["name_by_markers.py", *given, "--vague", "vague", "--resolution", "0.5"])
+    tool.main()
+    table = pd.read_csv(tmp_path / "out.csv", index_col="cell", keep_default_na=False)
+    assert list(table.index) == [f"c{i}" for i in range(10, 180)]  # the study's own name is not listed
+    named = table["label"] != ""
+    truth = np.array(TYPES)[kind[10:]]
+    assert named.mean() > 0.9 and (table["label"][named] == truth[named]).all()
+    assert (table["coarse"][named] == "coarse " + table["label"][named]).all()
+    assert f"{int(named.sum())} of 170 cells named" in capsys.readouterr().out
+
+
+def test_a_cell_among_others_gets_no_name(tool, study):
+    """Its cluster's name, unless its neighbours show other markers: here nothing tells the types apart."""
+    path, _ = study
+    markers = pd.DataFrame({"coarse": "x", "markers": ["G100 G101", "G102 G103"]}, index=["one", "two"])
+    found = tool.name(ad.read_h5ad(path), markers, 0.5)
+    assert (found == "").mean() > 0.5
+
+
+def test_the_recipe_names_cells_by_these_tables():
+    """Every name of the committed tables is a type that the marker table describes."""
+    folder = ROOT / "recipes" / "mini"
+    markers = pd.read_csv(folder / "markers.tsv", sep="\t", index_col="label")
+    for path in sorted((folder / "names").glob("*.csv")):
+        table = pd.read_csv(path, keep_default_na=False)
+        assert set(table["label"]) <= {"", *markers.index}
+        assert (table["label"].map(markers["coarse"]).fillna("") == table["coarse"]).all()
