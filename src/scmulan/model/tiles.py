@@ -1,7 +1,7 @@
 """Attention of a few new words to many words read before, on a CPU in float32.
 
 One new word per row reads every key and value once and computes little: the speed of memory decides. A library's
-attention is made for many queries; here it reached half of that speed, and a quarter of the arithmetic of eight new
+attention is made for many queries; here it reached half of that speed, and a quarter of the arithmetic with eight new
 words. This one keeps keys in tiles of 64 words, each dimension's side by side, so that memory is read in one stream and
 64 products are summed at a time; it looks at the words that a row has and not at those that the longest row has; and
 what it gives for a word does not depend on how many words are read in the same call.
@@ -21,7 +21,7 @@ from scmulan.model.cache import Cache
 from scmulan.model.causal import attend_causally
 from scmulan.model.kernels import TILE, WIDE, add_product, compiled, next_number, pointer_to, softmax
 
-# New words of empty rows from which on a library's attention is faster.
+# New words of empty rows from which on they are read as whole sentences.
 MANY = 32
 
 
