@@ -43,7 +43,7 @@ def study(tmp_path):
 def test_clusters_get_the_names_of_their_markers(tool, study, tmp_path, monkeypatch, capsys):
     path, kind = study
     genes = [f"G{20 * k} G{20 * k + 1} G{20 * k + 2} -G{(20 * k + 20) % 60} ABSENT" for k in range(3)]
-    markers = pd.DataFrame({"label": TYPES, "coarse": [f"coarse {t}" for t in TYPES], "markers": genes})
+    markers = pd.DataFrame({"label": TYPES, "coarse": [f"coarse {t}" for t in TYPES], "given": "yes", "markers": genes})
     markers.to_csv(tmp_path / "markers.tsv", sep="\t", index=False)
     given = [str(path), "--markers", str(tmp_path / "markers.tsv"), "-o", str(tmp_path / "out.csv")]
     monkeypatch.setattr(sys, "argv", ["name_by_markers.py", *given, "--vague", "vague", "--resolution", "0.5"])
@@ -55,12 +55,17 @@ def test_clusters_get_the_names_of_their_markers(tool, study, tmp_path, monkeypa
     assert named.mean() > 0.9 and (table["label"][named] == truth[named]).all()
     assert (table["coarse"][named] == "coarse " + table["label"][named]).all()
     assert f"{int(named.sum())} of 170 cells named" in capsys.readouterr().out
+    markers.loc[1, "given"] = "no"
+    markers.to_csv(tmp_path / "markers.tsv", sep="\t", index=False)
+    tool.main()
+    fewer = pd.read_csv(tmp_path / "out.csv", index_col="cell", keep_default_na=False)["label"]
+    assert (fewer == table["label"].where(table["label"] != TYPES[1], "")).all()
 
 
 def test_a_cell_among_others_gets_no_name(tool, study):
     """Its cluster's name, unless its neighbours show other markers: here nothing tells the types apart."""
     path, _ = study
-    markers = pd.DataFrame({"coarse": "x", "markers": ["G100 G101", "G102 G103"]}, index=["one", "two"])
+    markers = pd.DataFrame({"coarse": "x", "given": "yes", "markers": ["G100 G101", "G102 G103"]}, index=["one", "two"])
     found = tool.name(ad.read_h5ad(path), markers, 0.5)
     assert (found == "").mean() > 0.5
 
@@ -71,5 +76,5 @@ def test_the_recipe_names_cells_by_these_tables():
     markers = pd.read_csv(folder / "markers.tsv", sep="\t", index_col="label")
     for path in sorted((folder / "names").glob("*.csv")):
         table = pd.read_csv(path, keep_default_na=False)
-        assert set(table["label"]) <= {"", *markers.index}
+        assert set(table["label"]) <= {"", *markers.index[markers["given"] == "yes"]}
         assert (table["label"].map(markers["coarse"]).fillna("") == table["coarse"]).all()

@@ -8,10 +8,11 @@ study gave itself are kept, except those listed with ``--vague``.
     python tools/name_by_markers.py STUDY.h5ad --markers recipes/mini/markers.tsv -o TABLE.csv
     python tools/name_by_markers.py STUDY.h5ad --markers recipes/mini/markers.tsv -o TABLE.csv --vague "myeloid cell"
 
-``--markers`` is a table of ``label``, ``coarse`` and ``markers`` (gene symbols; one with a minus speaks against the
-type). The result, a table of the ``cell``, ``label`` and ``coarse`` of every such cell (empty where nothing is sure),
-is given to a recipe as ``obs`` of its [[data.study]]; cells that it does not list keep the names of the study. The same
-file and the same scanpy and igraph give the same names.
+``--markers`` is a table of ``label``, ``coarse``, ``given`` and ``markers`` (gene symbols; one with a minus speaks
+against the type). A type that is not ``given`` only keeps its cells from getting another's name: kinds of T cells are
+not told apart by a few genes. The result, a table of the ``cell``, ``label`` and ``coarse`` of every such cell (empty
+where nothing is sure), is given to a recipe as ``obs`` of its [[data.study]]; cells that it does not list keep the
+names of the study. The same file and the same scanpy and igraph give the same names.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def name(adata: ad.AnnData, markers: pd.DataFrame, resolution: float) -> pd.Seri
     mean = shown.groupby(cluster).mean()
     best = np.sort(mean.to_numpy(), axis=1)
     named = mean.idxmax(axis=1).where(best[:, -1] - best[:, -2] >= AHEAD, "")
+    named = named.where(named.map(markers["given"]) == "yes", "")
     by_cluster = named.reindex(cluster).to_numpy()
     by_neighbours = shown.columns.to_numpy()[(near @ shown.to_numpy()).argmax(axis=1)]
     return pd.Series(np.where(by_cluster == by_neighbours, by_cluster, ""), index=adata.obs_names, dtype=object)
