@@ -1,4 +1,4 @@
-"""Names from clusters and markers, as the packaged model's recipe uses them."""
+"""Names from clusters and markers, as a recipe of a small model uses them."""
 
 import importlib.util
 import sys
@@ -72,7 +72,7 @@ def test_a_cell_among_others_gets_no_name(tool, study):
 
 def test_the_recipe_names_cells_by_these_tables():
     """Every name of the committed tables is a type that the marker table describes."""
-    folder = ROOT / "recipes" / "mini"
+    folder = ROOT / "recipes" / "mini" / "named"
     markers = pd.read_csv(folder / "markers.tsv", sep="\t", index_col="label")
     for path in sorted((folder / "names").glob("*.csv")):
         table = pd.read_csv(path, keep_default_na=False)

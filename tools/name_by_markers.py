@@ -5,8 +5,8 @@ What a biologist does by hand: cluster (Leiden), look which markers a cluster sh
 its cluster where its own nearest neighbours show the same markers; otherwise it stays without one. Names that the
 study gave itself are kept, except those listed with ``--vague``.
 
-    python tools/name_by_markers.py STUDY.h5ad --markers recipes/mini/markers.tsv -o TABLE.csv
-    python tools/name_by_markers.py STUDY.h5ad --markers recipes/mini/markers.tsv -o TABLE.csv --vague "myeloid cell"
+    python tools/name_by_markers.py STUDY.h5ad --markers recipes/mini/named/markers.tsv -o TABLE.csv
+    python tools/name_by_markers.py STUDY.h5ad --markers MARKERS.tsv --vague "myeloid cell" -o TABLE.csv
 
 ``--markers`` is a table of ``label``, ``coarse``, ``given`` and ``markers`` (gene symbols; one with a minus speaks
 against the type). A type that is not ``given`` only keeps its cells from getting another's name: kinds of T cells are
