@@ -10,7 +10,7 @@ import pytest
 # A room may import from itself and from rooms further left.
 ROOMS = [
     {"errors", "resources"},
-    {"outputs"},
+    {"outputs", "jit"},
     {"files"},
     {"language"},
     {"model", "corpus"},
@@ -23,7 +23,7 @@ ROOMS = [
 ]
 PLACE = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
 # Rooms that know nothing of networks.
-WITHOUT_TORCH = {"errors", "resources", "outputs", "files", "language", "corpus"}
+WITHOUT_TORCH = {"errors", "resources", "outputs", "jit", "files", "language", "corpus"}
 
 
 def imports(path: Path) -> set[str]:

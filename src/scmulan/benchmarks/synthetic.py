@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import numba
 import numpy as np
 import scipy.sparse as sp
 
@@ -14,6 +13,7 @@ from scmulan.corpus.finish import write_manifest, write_table
 from scmulan.corpus.kernels import fold
 from scmulan.corpus.shards import ShardWriter, sha256
 from scmulan.corpus.store import VOCABULARY
+from scmulan.jit import compiled
 from scmulan.language.genes import GeneTable
 from scmulan.language.vocabulary import METADATA, Family, Vocabulary
 from scmulan.outputs import atomic_path
@@ -67,7 +67,7 @@ def real_cells(genes: int = GENES) -> tuple[list[str], sp.csr_matrix]:
     return [table.symbols[i] for i in most], cells
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _resample(indptr, indices, data, wanted, seed, length, gene, value):
     np.random.seed(seed)
     n = 0

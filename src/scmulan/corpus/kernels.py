@@ -1,11 +1,12 @@
 """Compiled passes over cells: fold genes, gather rows of a shard, hash contents, moments of genes."""
 
-import numba
 import numpy as np
 import scipy.sparse as sp
 
+from scmulan.jit import compiled
 
-@numba.njit(nogil=True, cache=True)
+
+@compiled()
 def hash_rows(words, ends, out):
     """Hash the words (uint32) of each row; ``out`` is uint64."""
     k = 0
@@ -21,7 +22,7 @@ def hash_rows(words, ends, out):
         out[row] = h
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def gather(words, start, place, decode, indptr, indices, data):
     """Copy cells of one shard to their places in a CSR matrix.
 
@@ -35,7 +36,7 @@ def gather(words, start, place, decode, indptr, indices, data):
             k += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _fold(data, indices, indptr, columns, genes, logged, gene, value, length, total, inside):
     scratch = np.zeros(genes, dtype=np.float64)
     n = 0

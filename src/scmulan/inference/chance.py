@@ -13,10 +13,11 @@ What is drawn for a word's place depends on the stream and the place only, not o
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from scmulan.jit import compiled
 
 # Places drawn at once.
 CHUNK = 32
@@ -159,7 +160,7 @@ def exponentials(stream: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
     return out
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+@compiled(error_model="numpy", fastmath={"contract", "nsz"})
 def _exponentials(key: Any, out: np.ndarray) -> None:
     """Fill in −log(1 − v) with v uniform: SplitMix64 (Steele, Lea and Flood 2014), then Cephes' logarithm."""
     bits = np.empty(BLOCK, np.uint32)

@@ -7,13 +7,13 @@ the other logits. Where every word takes part, logits of all of them are compute
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from scmulan.inference.chance import Draws
 from scmulan.inference.sampling import LEAST_WEIGHT, Rule, bounded_weights, log_weights
+from scmulan.jit import compiled
 from scmulan.model.transformer import Mulan
 
 # Order of words that are not said yet.
@@ -135,7 +135,7 @@ class Race:
         return winner, closed
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def dot(a: np.ndarray, b: np.ndarray) -> Any:
     """Product of two vectors."""
     total = np.float32(0)
@@ -144,7 +144,7 @@ def dot(a: np.ndarray, b: np.ndarray) -> Any:
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def run_race(
     state: np.ndarray,
     head: np.ndarray,
@@ -177,7 +177,7 @@ def run_race(
     return who, best
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def run_races(
     states: np.ndarray,
     head: np.ndarray,

@@ -16,7 +16,6 @@ cells with every other number.
 import math
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from scmulan.inference.chance import Draws
 from scmulan.inference.race import Race, dot, run_race
 from scmulan.inference.sampling import pick_value
+from scmulan.jit import compiled
 from scmulan.model.transformer import Mulan
 
 MOST = 32
@@ -184,7 +184,7 @@ class Outlook:
                 self._level_effect = self.network.level.weight.detach().float() @ self.effect
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def foresee(
     base: np.ndarray,
     word_effect: np.ndarray,

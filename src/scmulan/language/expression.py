@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import scipy.sparse as sp
 
+from scmulan.jit import compiled
+
 LEVELS = 10
 TARGET_SUM = 1e4
 
@@ -148,7 +150,7 @@ def _fold(genes, values, n, scratch, seen, counts):
     return n
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _bin_rows(
     data,
     bits,

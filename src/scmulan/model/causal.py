@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scmulan.jit import callback, compiled
 from scmulan.model import team
-from scmulan.model.kernels import TILE, WIDE, add_product, compiled, next_number, pointer_to, softmax
+from scmulan.model.kernels import FAST, TILE, WIDE, add_product, next_number, pointer_to, softmax
 
 
 def attend_causally(qkv: Tensor) -> Tensor:
@@ -42,14 +43,13 @@ def attend_causally(qkv: Tensor) -> Tensor:
 def _callback() -> Any:
     """The job as a C function."""
 
-    @numba.cfunc(numba.void(numba.int64), cache=True, error_model="numpy")
     def attend_in_c(frame: int) -> None:
         _attend(frame)
 
-    return attend_in_c
+    return callback(attend_in_c, numba.void(numba.int64))
 
 
-@compiled()
+@compiled(**FAST)
 def _attend(frame: int) -> None:
     """Heads that no other thread has taken; see :func:`attend_causally` for what the frame says of them."""
     f = numba.carray(pointer_to(frame), 7, np.int64)

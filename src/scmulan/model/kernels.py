@@ -16,10 +16,10 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from scmulan.jit import compiled
+
 _untyped: Any = intrinsic
-compiled: Any = partial(
-    numba.njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "nnan"}
-)
+FAST: Any = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp", "nnan"}}
 # Words in a tile of keys, whose products are summed together.
 TILE = 64
 # Rows of A whose sums are kept at once.
@@ -94,7 +94,7 @@ _four_64, _four_56, _four_32, _four_16, _four_8, _four_1 = (_made(ROWS, n) for n
 _one_64, _one_56, _one_32, _one_16, _one_8, _one_1 = (_made(1, n) for n in (64, 56, 32, 16, 8, 1))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def add_product(
     a: int, a_step: int, b: int, b_step: int, c: int, c_step: int, rows: int, inner: int, columns: int, wide: bool
 ) -> None:
@@ -172,7 +172,7 @@ def pointer_to(typing: Any, address: Any) -> Any:
     return numba.types.voidptr(numba.int64), emit
 
 
-@compiled()
+@compiled(**FAST)
 def softmax(score: np.ndarray, number: int, end: int, scale: float, exponent: np.ndarray) -> Any:
     """Exponentials of the first ``number`` scores × ``scale``, less the largest, in place; one over their sum.
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scmulan.jit import callback, compiled
 from scmulan.model import team
 from scmulan.model.cache import Cache
 from scmulan.model.causal import attend_causally
-from scmulan.model.kernels import TILE, WIDE, add_product, compiled, next_number, pointer_to, softmax
+from scmulan.model.kernels import FAST, TILE, WIDE, add_product, next_number, pointer_to, softmax
 
 # New words of empty rows from which on they are read as whole sentences.
 MANY = 32
@@ -102,14 +103,13 @@ def attend(
 def _callback() -> Any:
     """The job as a C function."""
 
-    @numba.cfunc(numba.void(numba.int64), cache=True, error_model="numpy")
     def attend_in_c(frame: int) -> None:
         _attend(frame)
 
-    return attend_in_c
+    return callback(attend_in_c, numba.void(numba.int64))
 
 
-@compiled()
+@compiled(**FAST)
 def _attend(frame: int) -> None:
     """Rows that no other thread has taken; see :func:`attend` for what the frame says of them."""
     f = numba.carray(pointer_to(frame), 12, np.int64)

@@ -5,16 +5,16 @@ same as one that writes them all. How many words a row reads is decided before i
 are varied only as far as they leave that many, so the length of a sentence is known while batches are put together.
 """
 
-import numba
 import numpy as np
 
+from scmulan.jit import compiled
 from scmulan.language.expression import LEVELS, TARGET_SUM, level_of
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 NO_PANEL, SHARE_PANEL = -1, -2
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def mixed(state):
     """Finaliser of splitmix64: any change of the state changes half of the bits."""
     z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -22,13 +22,13 @@ def mixed(state):
     return z ^ (z >> np.uint64(31))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def unit(state):
     """Uniform in [0, 1) of a state, which its caller moves on by ``GOLDEN``."""
     return float(mixed(state) >> np.uint64(11)) * 2.0**-53
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def row_keys(base, rows):
     """Key of each row's stream, from the batch's key."""
     out = np.empty(len(rows), dtype=np.uint64)
@@ -37,7 +37,7 @@ def row_keys(base, rows):
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def uniform_of(base, numbers):
     """A uniform number in [0, 1) for each integer."""
     out = np.empty(len(numbers))
@@ -46,7 +46,7 @@ def uniform_of(base, numbers):
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def binomial(state, number, chance):
     """State and a binomial draw: exact up to an expectation of 30, beyond it a rounded normal."""
     if number <= 8:
@@ -76,7 +76,7 @@ def binomial(state, number, chance):
     return state, (hits if chance <= 0.5 else number - hits)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _to_front(state, genes, amounts, first, number, stop):
     """Random ``number`` of the entries ``first:stop`` at its front, in random order."""
     for j in range(first, first + number):
@@ -87,7 +87,7 @@ def _to_front(state, genes, amounts, first, number, stop):
     return state
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _panel(state, genes, amounts, n, least, share, measured):
     """Entries of another panel at the front (with others, where it has fewer than ``least``); their number."""
     kept = 0
@@ -107,7 +107,7 @@ def _panel(state, genes, amounts, n, least, share, measured):
     return state, kept
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _thin(state, genes, amounts, n, least, share, first_seen):
     """Down-sample counts by ``share``, or by more where fewer than ``least`` genes were left.
 
@@ -140,7 +140,7 @@ def _thin(state, genes, amounts, n, least, share, first_seen):
     return state, kept, min(share, 1.0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _positions(state, number, read, sampled, scratch, said, weight):
     """Targets at which the loss is taken: all of a few labels; of a cell a sample, always with its end if in reach.
 
@@ -168,7 +168,7 @@ def _positions(state, number, read, sampled, scratch, said, weight):
     return state, sampled
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def write_rows(
     data,
     indices,
