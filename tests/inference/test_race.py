@@ -109,3 +109,6 @@ def test_small_times_are_told_apart():
     assert kstest(small / 1e-4, "uniform").pvalue > 1e-3
     assert len(np.unique(small)) > 0.99 * len(small) and 0 < drawn.min() < 3e-6
     assert len(small) == pytest.approx(400, abs=100)
+    stream = np.random.default_rng(1)
+    smallest = min(exponentials(stream, (10_000_000,)).min() for _ in range(40))
+    assert 0 < smallest < 2.0**-25  # below what one and a number that is taken off it can tell

@@ -89,6 +89,14 @@ def test_a_word_does_not_depend_on_those_read_with_it():
             np.testing.assert_array_equal(out[0, 0], found[row, t])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_helpers_share_the_work(monkeypatch, threads):
+    monkeypatch.setattr(team, "_team", lambda: None)
+    called = []
+    team.run(called.append, 0, 7, threads)
+    assert called == [7] * threads
+
+
 def test_extreme_scores_have_a_softmax():
     qkv = np.zeros((1, 3, 3, 1, 8), np.float32)
     qkv[0, :, 0] = 100
