@@ -70,11 +70,14 @@ def test_a_cell_among_others_gets_no_name(tool, study):
     assert (found == "").mean() > 0.5
 
 
-def test_the_recipe_names_cells_by_these_tables():
-    """Every name of the committed tables is a type that the marker table describes."""
-    folder = ROOT / "recipes" / "mini" / "named"
-    markers = pd.read_csv(folder / "markers.tsv", sep="\t", index_col="label")
-    for path in sorted((folder / "names").glob("*.csv")):
-        table = pd.read_csv(path, keep_default_na=False)
-        assert set(table["label"]) <= {"", *markers.index[markers["given"] == "yes"]}
-        assert (table["label"].map(markers["coarse"]).fillna("") == table["coarse"]).all()
+def test_mononuclear_phagocytes_are_told_apart(tool, shared, tmp_path, monkeypatch):
+    """Real cells: monocytes of both kinds and dendritic cells, which their study called by one name."""
+    study = shared / "data" / "train" / "10x_pbmc4k.h5ad"
+    markers = ROOT / "recipes" / "mini" / "named" / "markers.tsv"
+    given = [str(study), "--markers", str(markers), "--vague", "mononuclear phagocyte", "-o", str(tmp_path / "out.csv")]
+    monkeypatch.setattr(sys, "argv", ["name_by_markers.py", *given])
+    tool.main()
+    number = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)["label"].value_counts()
+    assert number["CD14-positive monocyte"] > 350 and number["CD14-low, CD16-positive monocyte"] > 40
+    assert 35 < number["dendritic cell"] < 90 and number["plasmacytoid dendritic cell"] > 10
+    assert not any("T cell" in label or "killer" in label for label in number.index)
