@@ -90,24 +90,44 @@ def test_a_small_run_learns_all_three_tasks(vocabulary, store, tmp_path, objecti
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_interrupted_run_ends_with_the_same_weights(vocabulary, store, tmp_path, number, dropout):
-    whole = trainer(vocabulary, store, tmp_path / "whole", dropout=dropout)
+    average = 0.7 if dropout else 0.0
+    whole = trainer(vocabulary, store, tmp_path / "whole", dropout=dropout, average=average)
     assert whole.train()
 
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    stopped = trainer(vocabulary, store, tmp_path / "cut", dropout=dropout, validate=Stopper(5, number))
+    stopped = trainer(
+        vocabulary, store, tmp_path / "cut", dropout=dropout, average=average, validate=Stopper(5, number)
+    )
     assert not stopped.train()
     assert stopped.step == 5
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     torch.rand(7)  # what other code draws in between must not matter
-    again = trainer(vocabulary, store, tmp_path / "cut", dropout=dropout)
+    again = trainer(vocabulary, store, tmp_path / "cut", dropout=dropout, average=average)
     assert again.resume()
     assert again.step == 5
     assert again.train()
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(again)[name]), name
+    state = again.tensors()
+    assert state.keys() == whole.tensors().keys() and any(n.startswith("average.") for n in state) == bool(average)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, state[name]), name
     assert again.words == whole.words
     assert curve(again) == curve(whole)
+
+
+def test_the_average_is_what_is_validated_and_training_goes_on_from_the_weights(vocabulary, store, tmp_path):
+    seen = []
+    made = trainer(
+        vocabulary, store, tmp_path / "a", average=0.6,
+        validate=lambda model: seen.append({n: w.clone() for n, w in model.state_dict().items()}) or {},
+    )  # fmt: skip
+    assert made.train() and len(seen) == STEPS
+    plain = trainer(vocabulary, store, tmp_path / "b")
+    assert plain.train()
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight, weights(made)[name]), name
+        assert torch.equal(seen[-1][name], made.average.weights[name]), name
+    assert not all(torch.equal(seen[-1][name], weight) for name, weight in weights(made).items())
 
 
 def test_a_run_that_is_not_resumed_differs(vocabulary, store, tmp_path):

@@ -28,14 +28,16 @@ _spec.loader.exec_module(jobs)
 STEPS = 8
 
 
-def make(vocabulary, store, folder, ranks=None, *, steps=STEPS, objective="next_word", validate=None, **run):
+def make(
+    vocabulary, store, folder, ranks=None, *, steps=STEPS, objective="next_word", average=0.0, validate=None, **run
+):
     config = MulanConfig(vocabulary=len(vocabulary), layers=2, heads=2, width=32, set_state=True, value_spread=True)
     return Trainer(
         Mulan(config).initialise(0),
         Batches(store, vocabulary, BatchConfig(cells=9, generate_cells=6, positions=8, pool=4), 3),
         RunFolder(folder),
         objective=ObjectiveSection(name=objective, value_weight=200.0 if objective == "published" else 1.0),
-        optimizer=OptimizerSection(steps=steps, warmup=3, rate=3e-3),
+        optimizer=OptimizerSection(steps=steps, warmup=3, rate=3e-3, average=average),
         run=RunSection(**{"log_every": 1, "validate_every": 1, "checkpoint_minutes": 60.0, **run}),
         validate=validate,
         ranks=ranks,
@@ -61,19 +63,21 @@ def train(trainer):
     done = trainer.train()
     network = whole_network(trainer.model)
     weights = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    if trainer.average:
+        weights |= {name: whole(weight).clone() for name, weight in trainer.average.tensors().items()}
     return done, trainer.step, trainer.words, {k: v.numpy() for k, v in weights.items()}
 
 
 @pytest.mark.parametrize("objective", ["next_word", "published"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_one_two_four_and_one_processes_go_on_from_each_other(vocabulary, store, tmp_path, way, objective):
-    alone = make(vocabulary, store, tmp_path / "alone", objective=objective)
+    alone = make(vocabulary, store, tmp_path / "alone", objective=objective, average=0.8)
     assert train(alone)[0]
     folder = tmp_path / "shared"
     for end, world in ((2, 1), (4, 2), (6, 4), (STEPS, 1)):
 
         def work(ranks, end=end):
-            trainer = make(vocabulary, store, folder, ranks, objective=objective, parallel=way)
+            trainer = make(vocabulary, store, folder, ranks, objective=objective, average=0.8, parallel=way)
             trainer.validate = lambda _: os.kill(os.getpid(), signal.SIGTERM) or {} if trainer.step == end else {}
             return train(trainer)
 
@@ -82,7 +86,7 @@ def test_one_two_four_and_one_processes_go_on_from_each_other(vocabulary, store,
             assert (done, step) == (end == STEPS, end)
             assert words == results[0][2]
     close(losses(make(vocabulary, store, folder)), losses(alone))
-    for name, weight in alone.model.named_parameters():
+    for name, weight in {**dict(alone.model.named_parameters()), **alone.average.tensors()}.items():
         assert torch.allclose(torch.from_numpy(results[0][3][name]), weight.detach(), rtol=1e-3, atol=2e-5), name
 
 

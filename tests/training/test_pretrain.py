@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from safetensors.torch import load_file
 
 import scmulan
 from scmulan.corpus.build import build
@@ -143,6 +144,15 @@ def test_any_state_of_a_run_can_be_shipped(place, corpus_run, tmp_path):
         export_run(tmp_path, tmp_path / "other")
 
 
+def test_what_is_shipped_is_the_average_where_one_is_kept(place):
+    report = pretrain(place / "corpus.toml", place / "averaged", changes=["optimizer.average=0.5"])
+    state = load_file(next((place / "averaged" / "checkpoints").glob("step-*")) / "shard-00001.safetensors")
+    shipped = load_file(Path(report["model"]) / "model.safetensors")
+    assert shipped.keys() == {name.removeprefix("model.") for name in state if name.startswith("model.")}
+    assert all(torch.equal(shipped[name], state[f"average.{name}"].half()) for name in shipped)
+    assert not all(torch.equal(shipped[name], state[f"model.{name}"].half()) for name in shipped)
+
+
 def test_a_long_curve_is_told_in_few_points():
     log = [{"step": i, "annotate.entity": float(i), "words": i} for i in range(1, 1001)]
     points = curve(log)["losses"]
@@ -159,6 +169,8 @@ def test_the_cost_is_told_before_the_run(place):
     assert real["parameters"] == dry["parameters"]
     size = dry["bytes_per_rank"]
     assert size["weights"] == size["gradients"] == size["optimizer"] / 2 == 4 * real["parameters"]
+    averaged = pretrain(place / "files.toml", changes=["vocabulary.genes=90", "optimizer.average=0.9"], dry_run=True)
+    assert averaged["bytes_per_rank"]["optimizer"] == 12 * real["parameters"]
     from_corpus = pretrain(place / "corpus.toml", dry_run=True)
     assert from_corpus["cells"] == 120 and from_corpus["genes"] == 80
 

@@ -141,7 +141,10 @@ def typical_step(config: BatchConfig, task: str) -> Step:
 
 
 def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, precision: str) -> dict[str, int]:
-    """Memory of one process: weights, gradients and AdamW's moments in fp32, and what is kept for the backward pass."""
+    """Memory of one process: weights, gradients and AdamW's moments in fp32, and what is kept for the backward pass.
+
+    A running average of the weights counts as the optimiser's.
+    """
     number = parameters(config)
     parts = world if plan.run.parallel == "fsdp" else 1
     block = 12 * config.width**2
@@ -150,7 +153,7 @@ def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, pr
     return {
         "weights": 4 * number // parts + gathered,
         "gradients": 4 * number // parts,
-        "optimizer": 8 * number // parts,
+        "optimizer": (12 if plan.optimizer.average else 8) * number // parts,
         "activations": activation_bytes(
             config, math.ceil(step.words * share), math.ceil(step.positions * share),
             recompute=plan.run.recompute, precision=precision,

@@ -54,7 +54,7 @@ def covered(store: Cells, most: int = 20_000) -> float:
         cells = np.arange(start, min(start + step * 4096, len(store)), step)
         rows = store.rows(cells)
         logged = np.repeat(store.logged[cells], np.diff(rows.indptr))
-        rows.data = np.where(logged, np.expm1(rows.data), rows.data)
+        rows.data = np.expm1(rows.data, where=logged, out=rows.data.astype(np.float32))  # of a large count: infinite
         shares.append(np.asarray(rows.sum(1)).ravel() / np.maximum(store.total[cells], 1e-9))
     return float(np.concatenate(shares).mean())
 
@@ -108,7 +108,8 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
     with torch.device("meta"):
         network = Mulan(config)
     network.to_empty(device="cpu")
-    read_tensors(checkpoint, {f"model.{name}": p.detach() for name, p in network.named_parameters()})
+    which = "average" if plan.optimizer.average else "model"
+    read_tensors(checkpoint, {f"{which}.{name}": p.detach() for name, p in network.named_parameters()})
     facts = read_facts(checkpoint)
     card = training_card(run, plan, vocabulary, network.eval(), facts)
     target = save_model(out, network, vocabulary, card, dtype=torch.float16, force=force)

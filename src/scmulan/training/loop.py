@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from scmulan.errors import RecipeError
 from scmulan.model.cost import batch_flops
 from scmulan.model.transformer import Mulan
+from scmulan.training.average import WeightAverage
 from scmulan.training.batches import Batch, Batches
 from scmulan.training.divergence import save_divergence
 from scmulan.training.objective import objective_loss, value_pairs
@@ -125,6 +127,7 @@ class Trainer:
             recompute_blocks(model)
         self.losses = spread(Losses(model, objective), model, self.ranks, run.parallel)
         self.optimizer = make_optimizer(model, optimizer)
+        self.average = WeightAverage(model, optimizer.average) if optimizer.average else None
         self.step = 0
         self.words = 0
         self.cells = 0
@@ -141,7 +144,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 out[f"{key}.{name}"] = moment
-        return out
+        return out | (self.average.tensors() if self.average else {})
 
     def resume(self) -> bool:
         """Continue from the folder's newest whole checkpoint; False where there is none."""
@@ -217,7 +220,8 @@ class Trainer:
                     every = self.run_config.validate_every
                     if self.validate is not None and every and (done or self.step % every == 0):
                         before = time.monotonic()
-                        log.write({"step": self.step, "validation": self.validate(self.model)})
+                        with self.average.in_use() if self.average else nullcontext():
+                            log.write({"step": self.step, "validation": self.validate(self.model)})
                         started += time.monotonic() - before
                 if self._saved != self.step:
                     self.save(wait=False)
@@ -264,6 +268,8 @@ class Trainer:
             )
         self.optimizer.step()
         self.step += 1
+        if self.average:
+            self.average.update(self.step)
         self.words += int(words)
         self.cells += int(cells)
         flops = batch_flops(self.model.config, int(words), int(cells), int(positions))

@@ -87,6 +87,9 @@ class OptimizerSection:
     """Decay of matrices (not of norms, scales, biases)."""
     clip: float = 1.0
     """Largest norm of a step's gradient."""
+    average: float = 0.0
+    """Share of a running average of the weights that each step leaves (0: none is kept). Where it is kept, it is what
+    is validated and exported."""
 
 
 @dataclass(kw_only=True, slots=True)
