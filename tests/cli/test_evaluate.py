@@ -23,6 +23,8 @@ def test_annotation(scmulan, tiny, two_files):
     assert [file["name"] for file in both.json["files"]] == ["one", "two"]
     assert both.json["results"]["scmulan"]["all files"]["ontology"]["n"] == 240
     assert both.json == scmulan(*ask, "--data", "one.h5ad", "--data", "two.h5ad", "--json").json
+    voted = scmulan(*ask, "--data", "one.h5ad", "--smooth", "--json").json["results"]
+    assert list(voted) == ["scmulan", "scmulan, smoothed"]
     compared = scmulan(*ask, "--data", "one.h5ad", "--train", "two.h5ad", "--lineages")
     assert compared.code == 0
     assert "logistic regression" in compared.out

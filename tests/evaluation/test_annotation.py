@@ -12,12 +12,13 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from scmulan.errors import InputError
 from scmulan.evaluation import evaluate_annotation
-from scmulan.evaluation.annotation_result import BASELINE, MODEL, POOLED
+from scmulan.evaluation.annotation_result import BASELINE, MODEL, POOLED, SMOOTHED
 from scmulan.evaluation.labels import canonical, lineage_of
 from scmulan.files import to_json
 from scmulan.language.genes import CoverageWarning
 from scmulan.language.ontology import Ontology
 from scmulan.tl.annotate import annotate_cells
+from scmulan.tl.smooth import smooth_types
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
 
@@ -124,6 +125,22 @@ def test_the_release_s_rule_has_no_probabilities(model, cells):
     found = evaluate_annotation(model, [cells["tested"]], labels="label", rule="release").results[MODEL]["tested"]
     assert found.calibration is None
     assert "–" in evaluate_annotation(model, [cells["tested"]], labels="label", rule="release").table()
+
+
+def test_the_vote_of_neighbours_is_scored_beside_the_cells_own_types(model, cells):
+    adata, keep, truth = labelled(cells["tested"])
+    found = annotate_cells(adata, model, precision="fp32", keep_state=True)
+    voted = smooth_types(found.obs["scmulan_cell_type"], found.state.load())[keep]
+    predicted = np.array([canonical(p) for p in voted["scmulan_cell_type_smoothed"].astype(str)], dtype=object)
+    right = np.array([Ontology.load().agrees(p, t) for p, t in zip(predicted, truth, strict=True)])
+    result = evaluate_annotation(model, [cells["tested"], cells["one"]], labels="label", smooth=True, lineages=True)
+    assert list(result.results) == [MODEL, SMOOTHED]
+    scores = result.results[SMOOTHED]["tested"]
+    assert scores.exact.accuracy == pytest.approx(accuracy_score(truth, predicted))
+    shares = voted["scmulan_cell_type_smoothed_share"].to_numpy(dtype=float)
+    assert scores.calibration.mean_right == pytest.approx(shares[right].mean())
+    assert scores.unknown_types == {"platelet": 3} and result.results[SMOOTHED][POOLED].ontology.n == 307
+    assert "Lineages by scmulan, smoothed" in result.table()
 
 
 def test_a_file_is_not_tested_and_trained_on(model, cells):

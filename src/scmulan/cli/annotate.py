@@ -27,6 +27,9 @@ def annotate(
         float, typer.Option(min=0, max=1, metavar="P", help="Types with a lower probability are marked as uncertain.")
     ] = 0.5,
     embed: Annotated[bool, typer.Option("--embed", help="Also store the embedding, as scmulan embed does.")] = False,
+    smooth: Annotated[
+        bool, typer.Option("--smooth", help="Also store the types that each cell's nearest neighbours vote for.")
+    ] = False,
     layer: options.Layer = None,
     state: options.State = None,
     min_genes: options.MinGenes = 20,
@@ -39,14 +42,14 @@ def annotate(
     """Name the type of each cell.
 
     The output is a copy of the input with scmulan_cell_type, …_coarse, …_probability, …_status and …_ontology_id
-    in obs, and how they were made in uns['scmulan'].
+    in obs, and how they were made in uns['scmulan']. With --smooth, …_smoothed and …_smoothed_share too.
 
     A job that was interrupted goes on where it was when the same command is run again.
     """
     from scmulan.tl.on_disk import Reading, annotate_file
 
     account = annotate_file(
-        cells, out, model=model, table=table, rule=rule, threshold=threshold, embed=embed,
+        cells, out, model=model, table=table, rule=rule, threshold=threshold, embed=embed, smooth=smooth,
         reading=Reading(
             layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
         ),

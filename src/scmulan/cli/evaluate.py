@@ -63,6 +63,7 @@ def annotation(
     ] = None,
     train_mapping: Mapping = None,
     rule: Annotated[Literal["default", "release"], typer.Option(help="As for scmulan annotate.")] = "default",
+    smooth: Annotated[bool, typer.Option("--smooth", help="Score the vote of each cell's neighbours too.")] = False,
     min_genes: options.MinGenes = 20,
     seed: Seed = 0,
     as_json: options.Json = False,
@@ -75,7 +76,7 @@ def annotation(
 
     result = evaluate_annotation(
         model, data, labels=labels, mapping=mapping, lineages=lineages, train=train or [], train_labels=train_labels,
-        train_mapping=train_mapping, rule=rule, min_genes=min_genes, seed=seed, progress=console.log,
+        train_mapping=train_mapping, rule=rule, smooth=smooth, min_genes=min_genes, seed=seed, progress=console.log,
     )  # fmt: skip
     console.result(result.to_json(), result.table(), as_json)
 

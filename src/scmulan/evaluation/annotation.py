@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from scmulan.errors import InputError
-from scmulan.evaluation.annotation_result import BASELINE, MODEL, POOLED, AnnotationEvaluation, FileAccount, Named
+from scmulan.evaluation.annotation_result import (
+    BASELINE,
+    MODEL,
+    POOLED,
+    SMOOTHED,
+    AnnotationEvaluation,
+    FileAccount,
+    Named,
+)
 from scmulan.evaluation.baselines import LogisticBaseline, LogisticConfig, TrainingFile, read_training_file
 from scmulan.evaluation.cells import (
     as_model,
@@ -26,6 +35,8 @@ from scmulan.evaluation.tuning import Tuning, tune
 from scmulan.language.vocabulary import Family
 from scmulan.model.checkpoint import LoadedModel
 from scmulan.tl.annotate import KEY, annotate_cells
+from scmulan.tl.smooth import AGREEMENT, smooth_types
+from scmulan.tl.smooth import KEY as SMOOTHED_KEY
 
 __all__ = ["AnnotationEvaluation", "FileAccount", "Named", "evaluate_annotation"]
 
@@ -43,6 +54,7 @@ def evaluate_annotation(
     train_labels: str | None = None,
     train_mapping: str | Path | LabelMap | None = None,
     rule: Literal["default", "release"] = "default",
+    smooth: bool = False,
     min_genes: int = 20,
     seed: int = 0,
     progress: Progress = lambda text: None,
@@ -69,6 +81,9 @@ def evaluate_annotation(
         Their column and table (default: as for ``data``, and none).
     rule
         Rule of :func:`scmulan.tl.annotate`.
+    smooth
+        Score the types that :func:`scmulan.tl.smooth` makes of them, too: neighbours are sought within each file, with
+        and without a label.
     min_genes
         Fewest genes of the model that a file must have.
     seed
@@ -98,13 +113,15 @@ def evaluate_annotation(
     accounts, cells = [], []
     for path, name in zip(data, names, strict=True):
         progress(f"{name}: naming cells")
-        account, found = _name_cells(loaded, path, name, labels, table, rule, min_genes)
+        account, found = _name_cells(loaded, path, name, labels, table, rule, smooth, min_genes)
         accounts.append(account)
         if tuning is not None:
             progress(f"{name}: training logistic regression")
             _name_with_baseline(found, path, training, tuning.config)
         cells.append(found)
     vocabularies = {MODEL: loaded.vocabulary.names(Family.FINE)}
+    if smooth:
+        vocabularies[SMOOTHED] = vocabularies[MODEL]
     if tuning is not None:
         vocabularies[BASELINE] = sorted({t for found in cells for t in found.baseline_types})
     results: dict[str, dict[str, Named]] = {}
@@ -154,6 +171,8 @@ class _FileCells:
     truth: np.ndarray
     predicted: np.ndarray
     probability: np.ndarray
+    smoothed: np.ndarray | None = None
+    smoothed_share: np.ndarray | None = None
     baseline: np.ndarray | None = None
     baseline_probability: np.ndarray | None = None
     baseline_types: Sequence[str] = ()
@@ -162,6 +181,9 @@ class _FileCells:
     def part(self, predictor: str) -> _Part:
         if predictor == MODEL:
             return _Part(self.raw, self.truth, self.predicted, self.probability)
+        if predictor == SMOOTHED:
+            assert self.smoothed is not None and self.smoothed_share is not None
+            return _Part(self.raw, self.truth, self.smoothed, self.smoothed_share)
         assert self.baseline is not None and self.baseline_probability is not None
         return _Part(self.raw, self.truth, self.baseline, self.baseline_probability)
 
@@ -173,6 +195,7 @@ def _name_cells(
     labels: str,
     table: LabelMap,
     rule: Literal["default", "release"],
+    smooth: bool,
     min_genes: int,
 ) -> tuple[FileAccount, _FileCells]:
     adata = open_labelled(path)
@@ -183,7 +206,7 @@ def _name_cells(
     if not len(rows):
         raise InputError(f"{path}: no labelled cell in column {labels!r}; expected cell types or CL ids")
     with named(path):
-        found = annotate_cells(adata, model, rule=rule, min_genes=min_genes, precision="fp32")
+        found = annotate_cells(adata, model, rule=rule, min_genes=min_genes, precision="fp32", keep_state=smooth)
     account = FileAccount(
         name=name,
         cells=len(raw),
@@ -193,9 +216,16 @@ def _name_cells(
         genes=str(found.uns["summary"]).splitlines()[0],
         trained_on=trained_on(model, path),
     )
-    predicted = np.array([canonical(label) for label in found.obs[KEY].astype(str)], dtype=object)
     probability = found.obs[f"{KEY}_probability"].to_numpy()
-    return account, _FileCells(rows, raw[rows], truth[rows], predicted[rows], probability[rows])
+    cells = _FileCells(rows, raw[rows], truth[rows], _types(found.obs[KEY])[rows], probability[rows])
+    if found.state is not None:
+        voted = smooth_types(found.obs[KEY], found.state.load())
+        cells.smoothed, cells.smoothed_share = _types(voted[SMOOTHED_KEY])[rows], voted[AGREEMENT].to_numpy()[rows]
+    return account, cells
+
+
+def _types(labels: pd.Series) -> np.ndarray:
+    return np.array([canonical(label) for label in labels.astype(str)], dtype=object)
 
 
 def _name_with_baseline(

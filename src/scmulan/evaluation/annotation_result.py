@@ -7,9 +7,9 @@ from scmulan.evaluation.labels import LINEAGES, OTHER
 from scmulan.evaluation.scores import Calibration, Scores
 from scmulan.evaluation.text import grid, shorten
 
-__all__ = ["BASELINE", "MODEL", "POOLED", "AnnotationEvaluation", "FileAccount", "Named"]
+__all__ = ["BASELINE", "MODEL", "POOLED", "SMOOTHED", "AnnotationEvaluation", "FileAccount", "Named"]
 
-MODEL, BASELINE, POOLED = "scmulan", "logistic regression", "all files"
+MODEL, SMOOTHED, BASELINE, POOLED = "scmulan", "scmulan, smoothed", "logistic regression", "all files"
 MISTAKES = 10
 
 
@@ -66,7 +66,8 @@ class AnnotationEvaluation:
     files: list[FileAccount]
     """What was read."""
     results: dict[str, dict[str, Named]]
-    """Predictor (``scmulan``, ``logistic regression``) → file, or ``all files`` where there are several → scores."""
+    """Predictor (``scmulan``, ``scmulan, smoothed``, ``logistic regression``) → file, or ``all files`` where there are
+    several → scores."""
     baseline: dict[str, Any] | None
     """Training files, settings and their choice of the baseline."""
 

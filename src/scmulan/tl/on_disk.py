@@ -31,6 +31,7 @@ from scmulan.tl.passes import Rule, block_cells
 from scmulan.tl.perturb import KEY as PERTURBED
 from scmulan.tl.perturb import perturb_cells
 from scmulan.tl.reading import merge_uns
+from scmulan.tl.smooth import NEIGHBOURS, smooth_types
 
 CELLS = (".h5ad", ".zarr")
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -78,6 +79,7 @@ def annotate_file(
     rule: Rule = "default",
     threshold: float = 0.5,
     embed: bool = False,
+    smooth: bool = False,
     reading: Reading | None = None,
     force: bool = False,
     progress: ProgressOf = no_progress,
@@ -98,6 +100,9 @@ def annotate_file(
         As in :func:`scmulan.tl.annotate`.
     embed
         Also store an embedding, as :func:`embed_file` does.
+    smooth
+        Also store the types that each cell's neighbours vote for, see :func:`scmulan.tl.smooth`. The embedding of all
+        cells is then held in memory.
     reading
         How cells are read.
     force
@@ -122,18 +127,21 @@ def annotate_file(
     with ranks() as here, _cells(source) as adata:
         loaded = load(model, device=reading.device)
         asked = {"rule": rule, "threshold": threshold, **reading.options()}
-        parts = _parts(source, out, adata.n_obs, loaded, "annotate", embed=embed, **asked)
+        parts = _parts(source, out, adata.n_obs, loaded, "annotate", embed=embed or smooth, **asked)
         with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
-            result = annotate_cells(adata, loaded, keep_state=embed, parts=parts, progress=done, **asked)
+            result = annotate_cells(adata, loaded, keep_state=embed or smooth, parts=parts, progress=done, **asked)
+        used, obs = result.uns["parameters"], result.obs
         if embed:
-            used = result.uns["parameters"]
             used["embed"] = {k: v for k, v in used["annotate"].items() if k != "threshold"}
+        if smooth and result.state is not None and here.rank == 0:
+            obs = obs.join(smooth_types(obs[TYPE], result.state.load()))
+            used["smooth"] = {"neighbours": NEIGHBOURS, "use_rep": EMBEDDING}
         merge_uns(adata, result.uns)
-        obsm = {} if result.state is None else {EMBEDDING: result.state}
+        obsm = {EMBEDDING: result.state} if embed else {}
         if here.rank == 0:
-            copy_with_results(source, out, obs=result.obs, obsm=obsm, uns={"scmulan": adata.uns["scmulan"]})
+            copy_with_results(source, out, obs=obs, obsm=obsm, uns={"scmulan": adata.uns["scmulan"]})
             if table is not None:
-                write_table(result.obs.rename_axis("cell"), table)
+                write_table(obs.rename_axis("cell"), table)
             parts.remove()
         here.share(None)
     return {
@@ -141,7 +149,7 @@ def annotate_file(
         "table": None if table is None else str(table),
         "cell_types": _counts(result.obs[TYPE]),
         "status": {name: int((result.obs[f"{TYPE}_status"] == name).sum()) for name in STATUSES},
-        "obs": list(result.obs.columns),
+        "obs": list(obs.columns),
         "obsm": list(obsm),
     }
 

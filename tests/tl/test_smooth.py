@@ -1,0 +1,125 @@
+"""The vote of a cell's neighbours."""
+
+import json
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import scmulan
+from scmulan.cli.__main__ import main
+from scmulan.errors import InputError
+from scmulan.tl.smooth import AGREEMENT, KEY, smooth_types
+
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+
+
+def by_hand(types, states, k):
+    """The same, a cell at a time."""
+    voice = np.flatnonzero(np.linalg.norm(states, axis=1) > 0)
+    unit = states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-30)
+    said, shares = [], []
+    for i, own in enumerate(types):
+        if i not in voice:
+            said.append(own)
+            shares.append(0.0)
+            continue
+        order = sorted(voice, key=lambda j: (j != i, -float(unit[i] @ unit[j])))[:k]
+        votes = pd.Series([types[j] for j in order]).value_counts()
+        best = votes.index[votes == votes.max()]
+        said.append(own if own in best else sorted(best)[0])
+        shares.append(votes.max() / len(order))
+    return np.array(said), np.array(shares)
+
+
+@pytest.fixture
+def scattered():
+    """Three kinds that lie apart, a fifth of whose cells have another's name; two cells lie nowhere."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, 120)
+    states = (np.eye(8)[kind] * 3 + rng.normal(0, 0.4, (120, 8))).astype(np.float32)
+    states[[7, 50]] = 0
+    names = np.array(["T cell", "B cell", "monocyte"])
+    wrong = rng.random(120) < 0.2
+    types = names[np.where(wrong, (kind + 1) % 3, kind)]
+    types[[7, 50]] = "unknown"
+    return pd.Series(types, index=[f"c{i}" for i in range(120)]), states, names[kind]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 15, 500])
+def test_it_is_the_vote_counted_by_hand(scattered, k, monkeypatch):
+    types, states, _ = scattered
+    said, shares = by_hand(types.to_numpy(), states, k)
+    for pairs in (2**25, 1000):  # all cells together, and few at a time
+        monkeypatch.setattr(sys.modules["scmulan.tl.smooth"], "PAIRS", pairs)
+        found = smooth_types(types, states, k)
+        assert list(found.index) == list(types.index)
+        assert np.array_equal(found[KEY].astype(str), said)
+        np.testing.assert_allclose(found[AGREEMENT], shares, atol=1e-6)
+
+
+def test_names_that_scatter_come_together(scattered):
+    types, states, truth = scattered
+    found = smooth_types(types, states)
+    known = types != "unknown"
+    assert (types == truth)[known].mean() < 0.85
+    assert (found[KEY].astype(str) == truth)[known].mean() > 0.98
+    assert set(found[KEY].cat.categories) == {"B cell", "T cell", "monocyte", "unknown"}
+    assert found[AGREEMENT].dtype == np.float32
+    assert (found[KEY][~known] == "unknown").all() and (found[AGREEMENT][~known] == 0).all()
+
+
+def test_cells_without_any_word_alone_keep_their_names():
+    found = smooth_types(pd.Series(["unknown"] * 3), np.zeros((3, 4), dtype=np.float32))
+    assert (found[KEY] == "unknown").all() and (found[AGREEMENT] == 0).all()
+
+
+def test_a_verb_on_anndata(scattered):
+    types, states, _ = scattered
+    adata = ad.AnnData(obs=pd.DataFrame({"scmulan_cell_type": types}), obsm={"X_scmulan": states})
+    adata.uns["scmulan"] = {"weights_hash": "x", "parameters": {"annotate": {"rule": "default"}}}
+    scmulan.tl.smooth(adata, neighbours=9)
+    expected = smooth_types(types, states, 9)
+    assert (adata.obs[KEY].astype(str) == expected[KEY].astype(str)).all()
+    assert (adata.obs["scmulan_cell_type"] == types).all()
+    told = adata.uns["scmulan"]
+    assert told["weights_hash"] == "x" and told["parameters"]["annotate"] == {"rule": "default"}
+    assert told["parameters"]["smooth"] == {"neighbours": 9, "use_rep": "X_scmulan"}
+
+
+def test_what_is_missing_is_named(scattered):
+    types, states, _ = scattered
+    adata = ad.AnnData(obs=pd.DataFrame(index=types.index))
+    with pytest.raises(InputError, match=r"'scmulan_cell_type' is missing: run scmulan\.tl\.annotate"):
+        scmulan.tl.smooth(adata)
+    adata.obs["scmulan_cell_type"] = types
+    with pytest.raises(InputError, match=r"'X_scmulan' is missing: run scmulan\.tl\.embed"):
+        scmulan.tl.smooth(adata)
+    adata.obsm["X_scmulan"] = states
+    with pytest.raises(InputError, match="0 neighbours: expected at least 1"):
+        scmulan.tl.smooth(adata, neighbours=0)
+    assert KEY not in adata.obs
+
+
+@pytest.mark.parametrize("embed", [[], ["--embed"]])
+def test_from_file_to_file(random_model, tmp_path, capsys, embed):
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.6, (40, 80)).astype(np.float32)
+    x[4] = 0
+    cells = ad.AnnData(x, var=pd.DataFrame(index=random_model.vocabulary.genes[:80]))
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    given = ["--model", str(random_model.folder), "--precision", "fp32", "--table", str(tmp_path / "t.csv"), "--json"]
+    assert main(["annotate", str(tmp_path / "a.h5ad"), "-o", str(tmp_path / "b.h5ad"), "--smooth", *embed, *given]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["obs"][-2:] == [KEY, AGREEMENT] and account["obsm"] == (["X_scmulan"] if embed else [])
+    made, table = ad.read_h5ad(tmp_path / "b.h5ad"), pd.read_csv(tmp_path / "t.csv", index_col="cell")
+    assert list(made.obsm) == account["obsm"]
+    assert set(made.uns["scmulan"]["parameters"]) == {"annotate", "smooth"} | ({"embed"} if embed else set())
+    scmulan.tl.annotate(cells, random_model, precision="fp32")
+    scmulan.tl.embed(cells, random_model, precision="fp32")
+    scmulan.tl.smooth(cells)
+    for found in (made.obs, table):
+        assert (found[KEY].astype(str).to_numpy() == cells.obs[KEY].astype(str).to_numpy()).all()
+        np.testing.assert_allclose(found[AGREEMENT], cells.obs[AGREEMENT], atol=1e-6)
