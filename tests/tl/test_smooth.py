@@ -76,6 +76,13 @@ def test_cells_without_any_word_alone_keep_their_names():
     assert (found[KEY] == "unknown").all() and (found[AGREEMENT] == 0).all()
 
 
+def test_a_cell_is_its_own_nearest_neighbour_among_equals():
+    """Cells that read alike to the last bit, each of another name."""
+    types = pd.Series([f"type {i}" for i in range(20)])
+    found = smooth_types(types, np.ones((20, 4), dtype=np.float32), 1)
+    assert (found[KEY].astype(str) == types).all() and (found[AGREEMENT] == 1).all()
+
+
 def test_a_verb_on_anndata(scattered):
     types, states, _ = scattered
     adata = ad.AnnData(obs=pd.DataFrame({"scmulan_cell_type": types}), obsm={"X_scmulan": states})

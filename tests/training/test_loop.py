@@ -116,18 +116,22 @@ def test_an_interrupted_run_ends_with_the_same_weights(vocabulary, store, tmp_pa
 
 
 def test_the_average_is_what_is_validated_and_training_goes_on_from_the_weights(vocabulary, store, tmp_path):
-    seen = []
-    made = trainer(
-        vocabulary, store, tmp_path / "a", average=0.6,
-        validate=lambda model: seen.append({n: w.clone() for n, w in model.state_dict().items()}) or {},
-    )  # fmt: skip
-    assert made.train() and len(seen) == STEPS
-    plain = trainer(vocabulary, store, tmp_path / "b")
-    assert plain.train()
+    def keep(seen):
+        return lambda model: seen.append({n: w.clone() for n, w in model.state_dict().items()}) or {}
+
+    averages, each = [], []
+    made = trainer(vocabulary, store, tmp_path / "a", average=0.6, validate=keep(averages))
+    plain = trainer(vocabulary, store, tmp_path / "b", validate=keep(each))
+    expected = {name: weight.clone() for name, weight in weights(plain).items()}
+    assert made.train() and plain.train() and len(averages) == len(each) == STEPS
+    for step, now in enumerate(each, 1):
+        keep_share = min(0.6, step / (step + 9))
+        expected = {name: w * keep_share + now[name] * (1 - keep_share) for name, w in expected.items()}
     for name, weight in weights(plain).items():
         assert torch.equal(weight, weights(made)[name]), name
-        assert torch.equal(seen[-1][name], made.average.weights[name]), name
-    assert not all(torch.equal(seen[-1][name], weight) for name, weight in weights(made).items())
+        assert torch.equal(averages[-1][name], made.average.weights[name]), name
+        assert torch.allclose(averages[-1][name], expected[name], atol=1e-6), name
+    assert not all(torch.equal(averages[-1][name], weight) for name, weight in weights(made).items())
 
 
 def test_a_run_that_is_not_resumed_differs(vocabulary, store, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -25,7 +26,7 @@ from scmulan.model.gemm import faster_precision, gemm_rates
 from scmulan.model.transformer import Mulan, MulanConfig
 from scmulan.training.batches import BatchConfig, Batches
 from scmulan.training.estimate import activation_bytes, synthetic_batch, typical_step
-from scmulan.training.export import curve, export_run
+from scmulan.training.export import covered, curve, export_run
 from scmulan.training.loop import batch_loss, read_log
 from scmulan.training.pretrain import pretrain
 from scmulan.training.recipe import ObjectiveSection
@@ -151,6 +152,16 @@ def test_what_is_shipped_is_the_average_where_one_is_kept(place):
     assert shipped.keys() == {name.removeprefix("model.") for name in state if name.startswith("model.")}
     assert all(torch.equal(shipped[name], state[f"average.{name}"].half()) for name in shipped)
     assert not all(torch.equal(shipped[name], state[f"model.{name}"].half()) for name in shipped)
+
+
+def test_the_share_of_a_cell_in_the_vocabulary_s_genes(store):
+    """Of counts as they are, of log1p values as what they are the logarithm of; counts of reads overflow nothing."""
+    values = np.where(store.logged[:, None], store.matrix.toarray(), 1000 * store.matrix.toarray())
+    total = np.where(store.logged, store.total, 1000 * store.total).astype(np.float32)
+    amounts = np.where(store.logged[:, None], store.matrix.expm1().toarray(), values)
+    reads = replace(store, matrix=sp.csr_matrix(values.astype(np.float32)), total=total)
+    assert store.logged.any() and values.max() > 1000
+    assert covered(reads) == pytest.approx((amounts.sum(1) / total).mean(), rel=1e-5)
 
 
 def test_a_long_curve_is_told_in_few_points():
