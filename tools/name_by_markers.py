@@ -5,14 +5,16 @@ What a biologist does by hand: cluster (Leiden), look which markers a cluster sh
 its cluster where its own nearest neighbours show the same markers; otherwise it stays without one. Names that the
 study gave itself are kept, except those listed with ``--vague``.
 
-    python tools/name_by_markers.py STUDY.h5ad --markers recipes/mini/named/markers.tsv -o TABLE.csv
-    python tools/name_by_markers.py STUDY.h5ad --markers MARKERS.tsv --vague "myeloid cell" -o TABLE.csv
+    python tools/name_by_markers.py STUDY.h5ad ... --markers recipes/mini/markers.tsv -o TABLES/
+    python tools/name_by_markers.py STUDY.h5ad ... --markers MARKERS.tsv --vague "myeloid cell" -o TABLES/
 
 ``--markers`` is a table of ``label``, ``coarse``, ``given`` and ``markers`` (gene symbols; one with a minus speaks
-against the type). A type that is not ``given`` only keeps its cells from getting another's name: kinds of T cells are
-not told apart by a few genes. The result, a table of the ``cell``, ``label`` and ``coarse`` of every such cell (empty
+against the type). ``given`` is ``yes``, or ``coarse`` where only the coarse name is given (kinds of T cells are not
+told apart by a few genes, T cells and others are), or ``no``: the type only keeps its cells from getting another's
+name. The result, TABLES/STUDY.csv with the ``cell``, ``label`` and ``coarse`` of every such cell (empty
 where nothing is sure), is given to a recipe as ``obs`` of its [[data.study]]; cells that it does not list keep the
-names of the study. The same file and the same scanpy and igraph give the same names.
+names of the study. ``--copies`` also writes STUDY.h5ad with these names as ``label`` (the coarse one where there is no
+finer), for what reads files alone: a baseline, say. The same file and the same scanpy and igraph give the same names.
 """
 
 import argparse
@@ -52,39 +54,62 @@ def clusters(adata: ad.AnnData, resolution: float) -> tuple[np.ndarray, np.ndarr
 
 
 def name(adata: ad.AnnData, markers: pd.DataFrame, resolution: float) -> pd.Series:
-    """Name of every cell by its cluster, empty where cluster and neighbours are not of one mind."""
+    """Type of every cell by its cluster, empty where cluster and neighbours are not of one mind."""
     shown = scores(adata, markers)
     cluster, near = clusters(adata, resolution)
     mean = shown.groupby(cluster).mean()
     best = np.sort(mean.to_numpy(), axis=1)
     named = mean.idxmax(axis=1).where(best[:, -1] - best[:, -2] >= AHEAD, "")
-    named = named.where(named.map(markers["given"]) == "yes", "")
+    named = named.where(named.map(markers["given"]).isin(["yes", "coarse"]), "")
     by_cluster = named.reindex(cluster).to_numpy()
     by_neighbours = shown.columns.to_numpy()[(near @ shown.to_numpy()).argmax(axis=1)]
     return pd.Series(np.where(by_cluster == by_neighbours, by_cluster, ""), index=adata.obs_names, dtype=object)
 
 
-def main() -> None:
-    """Read the study, name its cells, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--markers", type=Path, required=True)
-    parser.add_argument("--vague", action="append", default=[], help="a label of the study that is no name to keep")
-    parser.add_argument("--resolution", type=float, default=2.0)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args()
-    adata = ad.read_h5ad(given.study)
-    markers = pd.read_csv(given.markers, sep="\t", index_col="label")
+def name_study(study: Path, markers: pd.DataFrame, vague: list[str], resolution: float) -> pd.DataFrame:
+    """Table of ``label`` and ``coarse`` of the cells of a study that have no name, or a vague one."""
+    adata = ad.read_h5ad(study)
     if adata.uns.get("x_is", "counts") == "counts":
         sc.pp.normalize_total(adata, target_sum=1e4)
         sc.pp.log1p(adata)
     own = adata.obs["label"].astype(str)
-    open_ = own.isin(["", "nan", *given.vague])
-    table = name(adata, markers, given.resolution)[open_.to_numpy()].to_frame("label")
+    open_ = own.isin(["", "nan", *vague])
+    table = name(adata, markers, resolution)[open_.to_numpy()].to_frame("label")
     table["coarse"] = table["label"].map(markers["coarse"]).fillna("")
-    table.rename_axis("cell").to_csv(given.output)
-    print(f"{given.output}: {int((table['label'] != '').sum())} of {len(table)} cells named")
-    print(table["label"].value_counts().to_string())
+    table["label"] = table["label"].where(table["label"].map(markers["given"]) == "yes", "")
+    return table.rename_axis("cell")
+
+
+def write_copy(study: Path, names: pd.Series, folder: Path) -> None:
+    """Copy a study with other names for some of its cells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adata = ad.read_h5ad(study)
+    adata.obs["label"] = adata.obs["label"].astype(str)
+    adata.obs.loc[names.index, "label"] = names
+    adata.write_h5ad(folder / study.name)
+
+
+def main() -> None:
+    """Read the studies, name their cells, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("study", type=Path, nargs="+")
+    parser.add_argument("--markers", type=Path, required=True)
+    parser.add_argument("--vague", action="append", default=[], help="a label of the studies that is no name to keep")
+    parser.add_argument("--resolution", type=float, default=2.0)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the tables")
+    parser.add_argument("--copies", type=Path, help="folder for copies of the studies with these names")
+    given = parser.parse_args()
+    markers = pd.read_csv(given.markers, sep="\t", index_col="label")
+    given.output.mkdir(parents=True, exist_ok=True)
+    for study in given.study:
+        table = name_study(study, markers, given.vague, given.resolution)
+        file = given.output / f"{study.stem}.csv"
+        table.to_csv(file)
+        shown = table["label"].where(table["label"] != "", table["coarse"])
+        print(f"{file}: {int((shown != '').sum())} of {len(table)} cells named")
+        print(shown.value_counts().to_string())
+        if given.copies is not None:
+            write_copy(study, shown, given.copies)
 
 
 if __name__ == "__main__":

@@ -173,14 +173,15 @@ def test_the_published_recipe_takes_a_real_step(root, shared, tmp_path):
     assert made.flops > 6 * 361e6 * made.words  # six operations for each parameter of a block and each word
 
 
-def test_the_committed_recipe_trains_and_its_model_annotates(root, shared, tmp_path):
+def test_the_committed_recipe_trains_and_its_model_annotates(mini_recipe, shared, tmp_path):
     """Two steps of a narrow model on three of its files, through the same call as the real run."""
-    file = root / "recipes" / "mini.toml"
+    file = mini_recipe
     studies = read_recipe(file).studies(file.parent)
     assert len(studies) == 20
-    some = "ding2019_pbmc1.h5ad", "mast2015_mait_blood.h5ad", "camp2015_fetal_brain.h5ad"
+    some = "ding2019_pbmc1.h5ad", "mast2015_mait_blood.h5ad", "kang2018_pbmc_stim.h5ad"
+    named = ["", "", ', obs = "mini/names/kang2018_pbmc_stim.csv"']
     changes = [
-        "data.study=[" + ", ".join(f'{{ file = "{name}" }}' for name in some) + "]",
+        "data.study=[" + ", ".join(f'{{ file = "{f}"{t} }}' for f, t in zip(some, named, strict=True)) + "]",
         'validation.study=[{ file = "10x_pbmc_3tech.h5ad" }]',
         "vocabulary.genes=300",
         "model.layers=1",
@@ -194,12 +195,13 @@ def test_the_committed_recipe_trains_and_its_model_annotates(root, shared, tmp_p
     plan = pretrain(file, tmp_path / "run", changes=changes, dry_run=True)
     assert plan["model"] is None and plan["genes"] == 300 and not (tmp_path / "run").exists()
     report = pretrain(file, tmp_path / "run", changes=changes)
-    assert report["steps"] == 2 and report["cells"] == plan["cells"] == 598 + 96 + 220
+    assert report["steps"] == 2 and report["cells"] == plan["cells"] == 598 + 96 + 1000
 
     model = scmulan.load(report["model"])
     assert model.card["name"] == "mini" and model.card["cells"] == report["cells"]
     assert [d["file"] for d in model.card["data"]] == list(some)
     assert model.card["recipe"]["optimizer"]["steps"] == 2
+    assert 60 < model.card["cell_types"]["natural killer cell"] < 120  # the study itself names none
     assert 0 < model.card["covered"] < 1
     cells = ad.read_h5ad(shared / "data" / "train" / some[0])[:20].copy()
     with pytest.warns(CoverageWarning, match="of 300 vocabulary genes found"):
