@@ -42,7 +42,7 @@ def test_it_names_the_lineage_of_blood_cells_that_nobody_trained_on(mini, tmp_pa
         mini, [tmp_path / "pbmc.h5ad"], labels="bulk_labels", mapping="pbmc68k_lineages", lineages=True
     ).to_json()
     groups = scored["results"]["scmulan"]["pbmc"]["groups"]
-    assert groups["accuracy"] >= 0.86  # 0.873 when it was made; progenitors are not among its types
+    assert groups["accuracy"] >= 0.86  # 0.874 when it was made; progenitors are not among its types
 
 
 def test_written_cells_have_the_genes_and_the_number_of_genes_of_real_ones(mini, shared):
