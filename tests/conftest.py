@@ -1,14 +1,11 @@
 """Shared fixtures: the real cells beside the checkout, and small real inputs."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMED = "10x_pbmc4k", "kang2018_pbmc_ctrl", "kang2018_pbmc_stim"
 
 
 @pytest.fixture(scope="session")
@@ -32,20 +29,6 @@ def own_cache(tmp_path_factory):
 def root() -> Path:
     """Root of the checkout."""
     return ROOT
-
-
-@pytest.fixture(scope="session")
-def mini_recipe(root, shared, tmp_path_factory) -> Path:
-    """The small model's recipe in a folder of its own, beside the tables of names that have to be written for it."""
-    folder = tmp_path_factory.mktemp("recipes")
-    text = (root / "recipes" / "mini.toml").read_text(encoding="utf-8")
-    (folder / "mini.toml").write_text(text.replace("../../shared", str(shared)), encoding="utf-8")
-    studies = [shared / "data" / "train" / f"{name}.h5ad" for name in NAMED]
-    vague = ["--vague", "mononuclear phagocyte", "--vague", "natural killer cell"]
-    markers = ["--markers", root / "recipes" / "mini" / "markers.tsv"]
-    tool = [sys.executable, "-W", "ignore", root / "tools" / "name_by_markers.py"]
-    subprocess.run([*tool, *studies, *markers, *vague, "-o", folder / "mini" / "names"], check=True, timeout=600)
-    return folder / "mini.toml"
 
 
 @pytest.fixture(scope="session")

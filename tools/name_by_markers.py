@@ -11,7 +11,7 @@ study gave itself are kept, except those listed with ``--vague``.
 ``--markers`` is a table of ``label``, ``coarse``, ``given`` and ``markers`` (gene symbols; one with a minus speaks
 against the type). ``given`` is ``yes``, or ``coarse`` where only the coarse name is given (kinds of T cells are not
 told apart by a few genes, T cells and others are), or ``no``: the type only keeps its cells from getting another's
-name. The result, TABLES/STUDY.csv with the ``cell``, ``label`` and ``coarse`` of every such cell (empty
+name. The result, TABLES/STUDY.csv with the ``row`` (from 0), ``label`` and ``coarse`` of every such cell (empty
 where nothing is sure), is given to a recipe as ``obs`` of its [[data.study]]; cells that it does not list keep the
 names of the study. ``--copies`` also writes STUDY.h5ad with these names as ``label`` (the coarse one where there is no
 finer), for what reads files alone: a baseline, say. The same file and the same scanpy and igraph give the same names.
@@ -74,18 +74,19 @@ def name_study(study: Path, markers: pd.DataFrame, vague: list[str], resolution:
         sc.pp.log1p(adata)
     own = adata.obs["label"].astype(str)
     open_ = own.isin(["", "nan", *vague])
-    table = name(adata, markers, resolution)[open_.to_numpy()].to_frame("label")
+    table = name(adata, markers, resolution).to_frame("label").set_axis(range(adata.n_obs))[open_.to_numpy()]
     table["coarse"] = table["label"].map(markers["coarse"]).fillna("")
     table["label"] = table["label"].where(table["label"].map(markers["given"]) == "yes", "")
-    return table.rename_axis("cell")
+    return table.rename_axis("row")
 
 
 def write_copy(study: Path, names: pd.Series, folder: Path) -> None:
     """Copy a study with other names for some of its cells."""
     folder.mkdir(parents=True, exist_ok=True)
     adata = ad.read_h5ad(study)
-    adata.obs["label"] = adata.obs["label"].astype(str)
-    adata.obs.loc[names.index, "label"] = names
+    label = adata.obs["label"].astype(str).to_numpy(dtype=object)
+    label[names.index] = names
+    adata.obs["label"] = label
     adata.write_h5ad(folder / study.name)
 
 

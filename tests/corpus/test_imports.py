@@ -192,6 +192,22 @@ def test_a_table_of_some_cells_leaves_the_others(tmp_path, made, cells):
     assert found["note"].fillna("-").value_counts().to_dict() == {"-": len(obs) - 2, "by hand": 2}
 
 
+def test_a_table_may_count_its_cells(tmp_path, made, cells):
+    """Without their names: by their place in the file, from 0."""
+    x, obs = cells
+    made.adata(x, obs=obs).write_h5ad(tmp_path / "a.h5ad")
+    spec = StudySpec(file=tmp_path / "a.h5ad", name="a", columns={}, obs=tmp_path / "cells.csv")
+    pd.DataFrame({"label": ["mast cell", ""]}, index=pd.Index([4, 2], name="row")).to_csv(spec.obs)
+    with opened(spec) as adata:
+        found = adata.obs["label"].tolist()
+    expected = obs["label"].astype(object)
+    expected.iloc[[4, 2]] = ["mast cell", ""]
+    assert found == expected.tolist()
+    pd.DataFrame({"label": ["mast cell"]}, index=pd.Index([len(obs)], name="row")).to_csv(spec.obs)
+    with pytest.raises(InputError, match=f"names row {len(obs)}, counted from 0, of data with {len(obs)} cells"):
+        opened(spec).__enter__()
+
+
 def test_a_table_may_lie_beside_the_recipe(tmp_path, made, cells):
     x, obs = cells
     (tmp_path / "data").mkdir()

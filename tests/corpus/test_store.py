@@ -96,9 +96,9 @@ def test_an_incomplete_corpus_is_refused_when_it_is_opened(corpus_folder, tmp_pa
 
 
 @pytest.mark.shared
-def test_real_studies_are_what_they_are_in_memory(mini_recipe, tmp_path):
+def test_real_studies_are_what_they_are_in_memory(root, shared, tmp_path):
     """Files of the small model's recipe: whole and fractional counts, reads beyond 16 bits, log1p values."""
-    spec = read_corpus_spec(mini_recipe)
+    spec = read_corpus_spec(root / "recipes" / "mini.toml")
     wanted = ("10x_pbmc3k_subset", "ding2019_pbmc1", "cepo_pancreas", "pollen2014_skin_brain_lines")
     spec.studies = [study for study in spec.studies if study.name in wanted]
     spec.genes = 1000

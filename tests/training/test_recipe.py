@@ -76,6 +76,7 @@ def test_changes_win_over_the_file(tmp_path):
         ("name.first=1", "name is no section"),
         ("optimizer.step=1", "unknown setting 'step'"),
         ("optimizer.steps=soon", 'steps is "soon", expected int'),
+        ("optimizer.average=1.0", r"optimizer\.average is 1\.0: expected a share below 1"),
     ],
 )
 def test_changes_are_checked_like_the_file(tmp_path, change, message):
@@ -173,9 +174,9 @@ def test_the_published_recipe_takes_a_real_step(root, shared, tmp_path):
     assert made.flops > 6 * 361e6 * made.words  # six operations for each parameter of a block and each word
 
 
-def test_the_committed_recipe_trains_and_its_model_annotates(mini_recipe, shared, tmp_path):
+def test_the_committed_recipe_trains_and_its_model_annotates(root, shared, tmp_path):
     """Two steps of a narrow model on three of its files, through the same call as the real run."""
-    file = mini_recipe
+    file = root / "recipes" / "mini.toml"
     studies = read_recipe(file).studies(file.parent)
     assert len(studies) == 20
     some = "ding2019_pbmc1.h5ad", "mast2015_mait_blood.h5ad", "kang2018_pbmc_stim.h5ad"

@@ -59,9 +59,17 @@ def opened(spec: StudySpec, imported: Path | None = None) -> Iterator[ad.AnnData
 
 
 def _joined(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Columns of a table, for the cells of another, by name; a cell that the table lacks keeps what it had."""
+    """Columns of a table, for the cells of another; a cell that the table lacks keeps what it had.
+
+    Its first column has the names of the cells, or is called ``row`` and counts them from 0 in the order of the data.
+    """
     separator = "\t" if ".tsv" in path.name.lower() else ","
     table = pd.read_csv(path, sep=separator, index_col=0, dtype=str, keep_default_na=False)
+    if table.index.name == "row":
+        beyond = table.index[table.index.astype(int) >= len(obs)]
+        if len(beyond):
+            raise InputError(f"{path}: names row {beyond[0]}, counted from 0, of data with {len(obs):,} cells")
+        table.index = obs.index[table.index.astype(int)]
     table.index = table.index.astype(str)
     found = table.index.intersection(obs.index)
     if not len(found):

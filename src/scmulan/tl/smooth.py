@@ -21,8 +21,8 @@ PAIRS = 2**25
 def smooth(adata: ad.AnnData, *, neighbours: int = NEIGHBOURS, use_rep: str = EMBEDDING) -> None:
     """Give each cell the type that most of its nearest neighbours have, in place.
 
-    Types of single cells scatter where few genes were seen; cells of a kind lie together. The published release does
-    the same to its annotations (15 neighbours), as CellTypist does by majority within clusters.
+    Types of single cells scatter where few genes were seen; cells of a kind lie together. The published release
+    offers the same for its annotations (15 neighbours), CellTypist a majority within clusters.
 
     Parameters
     ----------

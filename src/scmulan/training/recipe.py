@@ -192,6 +192,8 @@ class Recipe:
             raise RecipeError("run.tensorboard: the package is missing; pip install 'scmulan[tensorboard]'")
         if self.optimizer.steps < 1:
             raise RecipeError(f"optimizer.steps is {self.optimizer.steps}: expected at least 1")
+        if not 0 <= self.optimizer.average < 1:
+            raise RecipeError(f"optimizer.average is {self.optimizer.average}: expected a share below 1, or 0 for none")
         return self
 
 
