@@ -22,7 +22,7 @@ def smooth(adata: ad.AnnData, *, neighbours: int = NEIGHBOURS, use_rep: str = EM
     """Give each cell the type that most of its nearest neighbours have, in place.
 
     Types of single cells scatter where few genes were seen; cells of a kind lie together. The published release
-    offers the same for its annotations (15 neighbours), CellTypist a majority within clusters.
+    offers a like vote (15 neighbours), CellTypist a majority within clusters.
 
     Parameters
     ----------
