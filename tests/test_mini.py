@@ -9,6 +9,7 @@ import scmulan
 from scmulan.evaluation.annotation import evaluate_annotation
 from scmulan.files import write_h5ad
 from scmulan.model.checkpoint import resolve_model, verify_hashes
+from scmulan.training.recipe import read_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
 
@@ -30,6 +31,7 @@ def test_its_card_names_its_training_cells_and_recipe(mini, root):
     assert all(len(entry["sha256"]) == 64 for entry in mini.card["data"])
     recipe = json.loads((root / "recipes" / "mini" / "recipe.json").read_text())
     assert {k: v for k, v in recipe.items() if k not in ("data", "validation")} == mini.card["recipe"]
+    assert json.loads(json.dumps(read_recipe(root / "recipes" / "mini.toml").to_json())) == recipe
     last = json.loads((root / "recipes" / "mini" / "log.jsonl").read_text().splitlines()[-1])
     assert last["validation"] == mini.card["validation"]
 

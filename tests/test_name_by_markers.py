@@ -106,3 +106,17 @@ def test_mixed_names_of_a_study_are_told_apart(tool, shared, tmp_path, monkeypat
     # What the recipe reads was written so; clusters may come out a little different on another machine.
     kept = pd.read_csv(recipes / "names" / "10x_pbmc4k.csv", index_col="row", keep_default_na=False)
     assert list(kept.index) == list(table.index) and (kept["coarse"] == table["coarse"]).mean() > 0.9
+
+
+def test_the_recipe_s_names_are_those_of_the_marker_table():
+    folder = ROOT / "recipes" / "mini"
+    markers = pd.read_csv(folder / "markers.tsv", sep="\t", index_col="label")
+    given = markers["coarse"][markers["given"] == "yes"]
+    tables = sorted((folder / "names").glob("*.csv"))
+    assert len(tables) == 3
+    for path in tables:
+        table = pd.read_csv(path, keep_default_na=False)
+        assert list(table) == ["row", "label", "coarse"] and table["row"].is_unique  # no cell is named, only counted
+        fine = table[table["label"] != ""]
+        assert (fine["label"].map(given) == fine["coarse"]).all()
+        assert set(table["coarse"][table["label"] == ""]) <= {"", *markers["coarse"][markers["given"] == "coarse"]}

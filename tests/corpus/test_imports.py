@@ -203,9 +203,10 @@ def test_a_table_may_count_its_cells(tmp_path, made, cells):
     expected = obs["label"].astype(object)
     expected.iloc[[4, 2]] = ["mast cell", ""]
     assert found == expected.tolist()
-    pd.DataFrame({"label": ["mast cell"]}, index=pd.Index([len(obs)], name="row")).to_csv(spec.obs)
-    with pytest.raises(InputError, match=f"names row {len(obs)}, counted from 0, of data with {len(obs)} cells"):
-        opened(spec).__enter__()
+    for wrong in (len(obs), -1, 1.5, "c3", ""):
+        pd.DataFrame({"label": "mast cell"}, index=pd.Index([0, wrong], name="row")).to_csv(spec.obs)
+        with pytest.raises(InputError, match=f"row '{wrong}' is none of the {len(obs)} cells, counted from 0"):
+            opened(spec).__enter__()
 
 
 def test_a_table_may_lie_beside_the_recipe(tmp_path, made, cells):

@@ -66,10 +66,11 @@ def _joined(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
     separator = "\t" if ".tsv" in path.name.lower() else ","
     table = pd.read_csv(path, sep=separator, index_col=0, dtype=str, keep_default_na=False)
     if table.index.name == "row":
-        beyond = table.index[table.index.astype(int) >= len(obs)]
-        if len(beyond):
-            raise InputError(f"{path}: names row {beyond[0]}, counted from 0, of data with {len(obs):,} cells")
-        table.index = obs.index[table.index.astype(int)]
+        rows = pd.to_numeric(table.index, errors="coerce")
+        wrong = table.index[~np.isin(rows, np.arange(len(obs)))]
+        if len(wrong):
+            raise InputError(f"{path}: row '{wrong[0]}' is none of the {len(obs):,} cells, counted from 0")
+        table.index = obs.index[rows.astype(int)]
     table.index = table.index.astype(str)
     found = table.index.intersection(obs.index)
     if not len(found):

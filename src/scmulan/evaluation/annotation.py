@@ -169,23 +169,12 @@ class _FileCells:
     rows: np.ndarray
     raw: np.ndarray
     truth: np.ndarray
-    predicted: np.ndarray
-    probability: np.ndarray
-    smoothed: np.ndarray | None = None
-    smoothed_share: np.ndarray | None = None
-    baseline: np.ndarray | None = None
-    baseline_probability: np.ndarray | None = None
+    said: dict[str, tuple[np.ndarray, np.ndarray]]  # predictor → types and their probabilities
     baseline_types: Sequence[str] = ()
     baseline_genes: int = 0
 
     def part(self, predictor: str) -> _Part:
-        if predictor == MODEL:
-            return _Part(self.raw, self.truth, self.predicted, self.probability)
-        if predictor == SMOOTHED:
-            assert self.smoothed is not None and self.smoothed_share is not None
-            return _Part(self.raw, self.truth, self.smoothed, self.smoothed_share)
-        assert self.baseline is not None and self.baseline_probability is not None
-        return _Part(self.raw, self.truth, self.baseline, self.baseline_probability)
+        return _Part(self.raw, self.truth, *self.said[predictor])
 
 
 def _name_cells(
@@ -216,12 +205,11 @@ def _name_cells(
         genes=str(found.uns["summary"]).splitlines()[0],
         trained_on=trained_on(model, path),
     )
-    probability = found.obs[f"{KEY}_probability"].to_numpy()
-    cells = _FileCells(rows, raw[rows], truth[rows], _types(found.obs[KEY])[rows], probability[rows])
+    said = {MODEL: (_types(found.obs[KEY])[rows], found.obs[f"{KEY}_probability"].to_numpy()[rows])}
     if found.state is not None:
         voted = smooth_types(found.obs[KEY], found.state.load())
-        cells.smoothed, cells.smoothed_share = _types(voted[SMOOTHED_KEY])[rows], voted[AGREEMENT].to_numpy()[rows]
-    return account, cells
+        said[SMOOTHED] = _types(voted[SMOOTHED_KEY])[rows], voted[AGREEMENT].to_numpy()[rows]
+    return account, _FileCells(rows, raw[rows], truth[rows], said)
 
 
 def _types(labels: pd.Series) -> np.ndarray:
@@ -234,7 +222,7 @@ def _name_with_baseline(
     cells = read_genes(open_labelled(path), str(path))
     baseline = LogisticBaseline(training, cells.genes, config)
     predicted, probability = baseline.predict(cells)
-    found.baseline, found.baseline_probability = predicted[found.rows], probability[found.rows]
+    found.said[BASELINE] = predicted[found.rows], probability[found.rows]
     found.baseline_types, found.baseline_genes = baseline.types, len(baseline.genes)
 
 
