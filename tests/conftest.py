@@ -34,10 +34,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     """Untrained model of real words, saved and loaded like any other: for tests of everything but skill."""
-    from scmulan.inference.load import load
-    from scmulan.language.vocabulary import Family, Vocabulary
-    from scmulan.model.checkpoint import save_model
-    from scmulan.model.transformer import Mulan, MulanConfig
+    from scmulan.model.loading import load, save_model
+    from scmulan.model.network import Mulan, MulanConfig
+    from scmulan.vocab.vocabulary import Family, Vocabulary
 
     genes = Vocabulary.published().genes[:300]
     words = {

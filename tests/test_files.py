@@ -16,8 +16,8 @@ import pytest
 import scanpy as sc
 from anndata.io import read_elem
 
+from scmulan._io.adata import copy_with_results, open_input, to_json, write_h5ad, write_json, write_table
 from scmulan.errors import InputError
-from scmulan.files import copy_with_results, open_input, to_json, write_h5ad, write_json, write_table
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +211,16 @@ def test_repeated_names(pbmc, tmp_path, backed):
         adata.var_names = ["CD3D", "CD3D", *adata.var_names[2:]]
         adata.write_h5ad(tmp_path / "twice.h5ad")
     with pytest.warns(UserWarning, match="2 names of cells repeat earlier ones; made unique") as said:
-        opened = open_input(tmp_path / "twice.h5ad", backed=backed)
+        open_study = open_input(tmp_path / "twice.h5ad", backed=backed)
     assert len(said) == 1
     assert said[0].filename == __file__
-    assert opened.obs_names.is_unique
-    assert list(opened.obs_names[:2]) == ["a", "b"]
-    assert list(opened.var_names[:2]) == ["CD3D", "CD3D"]
+    assert open_study.obs_names.is_unique
+    assert list(open_study.obs_names[:2]) == ["a", "b"]
+    assert list(open_study.var_names[:2]) == ["CD3D", "CD3D"]
     if backed:
-        obs = pd.DataFrame({"label": list("vwxyz")}, index=opened.obs_names)
+        obs = pd.DataFrame({"label": list("vwxyz")}, index=open_study.obs_names)
         copy_with_results(tmp_path / "twice.h5ad", tmp_path / "out.h5ad", obs=obs)
-        opened.file.close()
+        open_study.file.close()
         written = open_input(tmp_path / "out.h5ad")
         assert list(written.obs_names) == list(obs.index)
         assert list(written.obs["label"]) == list("vwxyz")
@@ -232,10 +232,10 @@ def test_a_backed_file_without_x(pbmc, tmp_path):
     del adata.X
     del adata.raw
     adata.write_h5ad(tmp_path / "no_x.h5ad")
-    opened = open_input(tmp_path / "no_x.h5ad", backed=True)
-    assert opened.X is None
-    assert opened.layers["lognorm"].group.file.filename == str(tmp_path / "no_x.h5ad")
-    opened.layers["lognorm"].group.file.close()
+    open_study = open_input(tmp_path / "no_x.h5ad", backed=True)
+    assert open_study.X is None
+    assert open_study.layers["lognorm"].group.file.filename == str(tmp_path / "no_x.h5ad")
+    open_study.layers["lognorm"].group.file.close()
 
 
 # ---- outputs
@@ -400,5 +400,5 @@ def test_json_of_what_results_are_made_of(tmp_path):
 
 
 def test_files_loads_no_torch():
-    script = "import scmulan.files, scmulan.language.matrix, sys; assert 'torch' not in sys.modules"
+    script = "import scmulan._io.adata, scmulan.vocab.matrix, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

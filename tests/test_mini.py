@@ -6,12 +6,12 @@ import pytest
 import scanpy
 
 import scmulan
-from scmulan.evaluation.annotation import evaluate_annotation
-from scmulan.files import write_h5ad
-from scmulan.model.checkpoint import resolve_model, verify_hashes
-from scmulan.training.recipe import read_recipe
+from scmulan._io.adata import write_h5ad
+from scmulan.evaluate.annotation import evaluate_annotation
+from scmulan.model.loading import resolve_model, verify_hashes
+from scmulan.train.config import read_recipe
 
-pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 
 
 @pytest.fixture(scope="module")

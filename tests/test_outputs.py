@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from scmulan._io.outputs import atomic_path, check_output
 from scmulan.errors import OutputError
-from scmulan.outputs import atomic_path, check_output
 
 
 def names(folder: Path) -> set[str]:
@@ -156,7 +156,7 @@ import json, os, resource, signal, sys
 import anndata as ad, h5py, numpy as np, pandas as pd
 from safetensors.numpy import save_file
 from scmulan.errors import OutputError
-from scmulan.files import atomic_path, copy_with_results, write_h5ad, write_json, write_table
+from scmulan._io.adata import atomic_path, copy_with_results, write_h5ad, write_json, write_table
 
 folder, source, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 os.chdir(source)

@@ -12,8 +12,8 @@ import sys
 import scanpy
 from anndata import AnnData
 
+from scmulan._io.adata import check_output, write_h5ad
 from scmulan.errors import ScmulanError
-from scmulan.files import check_output, write_h5ad
 
 KEPT = ["bulk_labels", "n_genes", "n_counts", "percent_mito"]
 

@@ -11,14 +11,14 @@ __all__ = ["__version__", "finetune", "load", "pretrain", "tl"]
 
 if TYPE_CHECKING:
     from scmulan import tl
-    from scmulan.inference.load import load
-    from scmulan.training.finetune import finetune
-    from scmulan.training.pretrain import pretrain
+    from scmulan.model.loading import load
+    from scmulan.train.finetune import finetune
+    from scmulan.train.pretrain import pretrain
 
 _LAZY = {
-    "load": ("scmulan.inference.load", "load"),
-    "finetune": ("scmulan.training.finetune", "finetune"),
-    "pretrain": ("scmulan.training.pretrain", "pretrain"),
+    "load": ("scmulan.model.loading", "load"),
+    "finetune": ("scmulan.train.finetune", "finetune"),
+    "pretrain": ("scmulan.train.pretrain", "pretrain"),
 }
 
 

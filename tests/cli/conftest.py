@@ -14,9 +14,9 @@ import scipy.sparse as sp
 import torch
 
 from scmulan.cli.__main__ import main
-from scmulan.language.vocabulary import Family, Vocabulary
-from scmulan.model.checkpoint import save_model
-from scmulan.model.transformer import Mulan, MulanConfig
+from scmulan.model.loading import save_model
+from scmulan.model.network import Mulan, MulanConfig
+from scmulan.vocab.vocabulary import Family, Vocabulary
 
 GENES = Vocabulary.published().genes[:300]
 TYPES = ["B cell", "T cell", "monocyte", "natural killer cell"]

@@ -11,8 +11,8 @@ import warnings
 
 import pytest
 
-import scmulan.tl.on_disk as on_disk
-from scmulan.language.genes import CoverageWarning
+import scmulan.tl._files as on_disk
+from scmulan.vocab.genes import CoverageWarning
 
 
 def test_a_defect_keeps_its_traceback(scmulan, folder, cells, monkeypatch):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from scmulan.inference.load import load
-from scmulan.inference.release_rule import next_word
-from scmulan.language.sentence import Sentences
-from scmulan.language.vocabulary import Family
-from scmulan.machine import cpu, installed, memory, model_states
+from scmulan._machine import cpu, installed, memory, model_states
+from scmulan.infer.release_rule import next_word
 from scmulan.model.folder import packaged_models
+from scmulan.model.loading import load
+from scmulan.vocab.sentences import Sentences
+from scmulan.vocab.vocabulary import Family
 
 WIDTH, WORDS = 16, 2222
 

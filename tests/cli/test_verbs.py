@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scmulan.inference.load import load
-from scmulan.tl.annotate import annotate
-from scmulan.tl.embed import embed
+from scmulan.model.loading import load
+from scmulan.tl._annotate import annotate
+from scmulan.tl._embed import embed
 
 
 def test_annotate_writes_what_the_api_gives(scmulan, folder, cells, tiny):

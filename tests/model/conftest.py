@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from scmulan.model.network import Mulan, MulanConfig
 from scmulan.model.release import import_release
-from scmulan.model.transformer import Mulan, MulanConfig
 
 FIXTURES = {"nobias": "parity_nobias.npz", "bias": "parity_bias.npz"}
 
@@ -71,7 +71,7 @@ def small_checkpoint():
 
 @pytest.fixture(scope="session")
 def stored() -> dict[str, Path]:
-    folder = Path(__file__).resolve().parents[1] / "data"
+    folder = Path(__file__).resolve().parents[1] / "fixtures"
     return {name: folder / file for name, file in FIXTURES.items()}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scmulan.model import cost
-from scmulan.model.transformer import PUBLISHED, Mulan, MulanConfig
+from scmulan.model.network import PUBLISHED, Mulan, MulanConfig
 
 SHAPES = [
     MulanConfig(),
@@ -25,12 +25,12 @@ def test_published_shape():
     assert cost.parameters(PUBLISHED) == 368_800_320
     assert cost.weight_bytes(PUBLISHED) == 1_475_201_280
     assert cost.weight_bytes(PUBLISHED, "bf16") == 737_600_640
-    assert cost.kv_bytes_per_word(PUBLISHED, "bf16") == 107_520  # 2 × 24 layers × 1120 × 2 bytes
+    assert cost.kv_bytes_per_token(PUBLISHED, "bf16") == 107_520  # 2 × 24 layers × 1120 × 2 bytes
     # 24 × 12 × 1120² multiply-adds in the blocks, 2 × 2222 × 1120 in the heads
-    assert cost.forward_flops_per_word(PUBLISHED) == 2 * (361_267_200 + 4_977_280)
-    assert cost.training_flops_per_word(PUBLISHED) == 6 * (361_267_200 + 4_977_280)
+    assert cost.forward_flops_per_token(PUBLISHED) == 2 * (361_267_200 + 4_977_280)
+    assert cost.training_flops_per_token(PUBLISHED) == 6 * (361_267_200 + 4_977_280)
     # attention: q·k and weights·v, each 1120 multiply-adds per layer and word looked at
-    per_word = cost.forward_flops_per_word(PUBLISHED, context=1000, heads=False)
+    per_word = cost.forward_flops_per_token(PUBLISHED, context=1000, heads=False)
     assert per_word == 2 * (361_267_200 + 24 * 2 * 1120 * 1000)
 
 
@@ -38,7 +38,7 @@ def test_cache_size_is_what_the_cache_takes():
     config = SHAPES[1]
     cache = Mulan(config).new_cache(1, 10)
     taken = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-    assert taken == cache.capacity * cost.kv_bytes_per_word(config, "fp32")
+    assert taken == cache.capacity * cost.kv_bytes_per_token(config, "fp32")
 
 
 @pytest.mark.parametrize("config", SHAPES[1:])

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from scmulan.errors import InputError, ModelError
-from scmulan.inference.fixture import read_fixture
-from scmulan.inference.parity import verify
-from scmulan.model.checkpoint import load_model, save_model
+from scmulan.infer.parity import read_fixture, verify
+from scmulan.model.loading import load_model, save_model
 from scmulan.model.release import import_release
 
 COMPARED = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from scmulan.errors import ModelError, OutputError
-from scmulan.language.vocabulary import Vocabulary
-from scmulan.model.checkpoint import load_model
+from scmulan.model.loading import load_model
 from scmulan.model.release import import_release
+from scmulan.vocab.vocabulary import Vocabulary
 
 
 def refused(path, tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from scmulan.inference.release_rule import annotate, decode, next_word
-from scmulan.language.sentence import Sentences
+from scmulan.infer.release_rule import annotate, decode, next_word
+from scmulan.vocab.sentences import Sentences
 
 END = 0
 

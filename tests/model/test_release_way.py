@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from scmulan.benchmarks.release_way import ReleaseWay
-from scmulan.language.vocabulary import Family
-from scmulan.model.checkpoint import load_model
+from scmulan.model.loading import load_model
+from scmulan.vocab.vocabulary import Family
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import scmulan
-from scmulan.language.genes import CoverageWarning
-from scmulan.language.vocabulary import Family, Vocabulary
-from scmulan.model.checkpoint import LoadedModel, save_model
-from scmulan.model.transformer import Mulan, MulanConfig
+from scmulan.model.loading import LoadedModel, save_model
+from scmulan.model.network import Mulan, MulanConfig
 from scmulan.report import write_report
-from scmulan.tl.annotate import annotate
-from scmulan.tl.embed import embed
-from scmulan.tl.generate import generate
+from scmulan.tl._annotate import annotate
+from scmulan.tl._embed import embed
+from scmulan.tl._generate import generate
+from scmulan.vocab.genes import CoverageWarning
+from scmulan.vocab.vocabulary import Family, Vocabulary
 
 FINE = ["B cell", "CD4-positive, alpha-beta T cell", "natural killer cell", "monocyte", "dendritic cell", "plasma cell"]
 COARSE = ["lymphocyte", "myeloid leukocyte"]

@@ -7,10 +7,10 @@ import pytest
 import scipy.sparse as sp
 
 from scmulan.errors import InputError
-from scmulan.language.matrix import choose_matrix
-from scmulan.language.vocabulary import Vocabulary
 from scmulan.report.compare import compare, count_prompts
 from scmulan.report.results import KEY, read_results
+from scmulan.vocab.matrix import choose_matrix
+from scmulan.vocab.vocabulary import Vocabulary
 
 GENES = Vocabulary.published().genes[:120]
 

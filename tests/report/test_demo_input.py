@@ -5,14 +5,14 @@ import sys
 
 import anndata as ad
 
-from scmulan.language.matrix import choose_matrix
+from scmulan.vocab.matrix import choose_matrix
 
 
 def test_raw_holds_what_scmulan_chooses(demo_input):
     cells = ad.read_h5ad(demo_input)
     assert cells.shape == (700, 765) and cells.X.min() < 0
     chosen = choose_matrix(cells)
-    assert (chosen.where, chosen.state) == ("raw.X", "log1p")
+    assert (chosen.where, chosen.matrix_kind) == ("raw.X", "log1p")
     assert "bulk_labels" in cells.obs
     assert not cells.obsm and not cells.uns and not cells.varm and not cells.obsp
 

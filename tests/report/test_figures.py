@@ -8,8 +8,7 @@ import pytest
 
 from scmulan.report import figures
 from scmulan.report.layout import Plane, crowded_places, lay_out, principal_components, sample, spread_out
-from scmulan.report.palette import COLOURS, OTHER, colours
-from scmulan.report.results import CellType
+from scmulan.report.results import COLOURS, OTHER, CellType, colours
 from scmulan.report.svg import INK, new_figure, shortened, style, to_svg
 
 # What people with each deficiency see (linear RGB), Machado et al. 2009.

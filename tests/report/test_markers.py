@@ -7,9 +7,9 @@ import pytest
 import scipy.sparse as sp
 from sklearn.metrics import roc_auc_score
 
-from scmulan.language.matrix import choose_matrix
 from scmulan.report import markers
 from scmulan.report.markers import find_markers, gene_symbols, read_log1p
+from scmulan.vocab.matrix import choose_matrix
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def few(cells: ad.AnnData, n: int = 40) -> ad.AnnData:
 
 
 def test_names_are_those_of_the_results():
-    annotate, embed = import_module("scmulan.tl.annotate"), import_module("scmulan.tl.embed")
+    annotate, embed = import_module("scmulan.tl._annotate"), import_module("scmulan.tl._embed")
     assert (annotate.KEY, annotate.STATUSES, embed.KEY) == (KEY, STATUSES, EMBEDDING)
 
 

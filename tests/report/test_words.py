@@ -5,9 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scmulan.report.methods import methods_text, model_texts
 from scmulan.report.results import KEY, Results, read_results
-from scmulan.report.words import lead, listed, map_text, notes, percent, where_doubtful
+from scmulan.report.text import lead, listed, map_text, methods_text, model_texts, notes, percent, where_doubtful
 
 INFO = {
     "version": "0.1.0",

@@ -11,7 +11,7 @@ import pytest
 
 import scmulan
 from scmulan.errors import ScmulanError
-from scmulan.inference.linears import int8_available
+from scmulan.infer.precision import int8_available
 
 
 def same(a, b):

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scmulan
+from scmulan._io.adata import write_h5ad
 from scmulan.cli.__main__ import main
 from scmulan.errors import InputError
-from scmulan.files import write_h5ad
-from scmulan.language.expression import CellWords
-from scmulan.tl.perturb import with_levels
+from scmulan.tl._perturb import with_levels
+from scmulan.vocab.binning import GeneTokens
 
-pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 B_GENES = {"CD79A": 0, "CD79B": 0, "MS4A1": 0, "CD74": 0, "HLA-DRA": 0}
 
 
@@ -39,7 +39,7 @@ def test_words_get_their_levels_and_others_stay(cells, levels):
     gene = np.array([g for c in cells for g in sorted(c)], dtype=np.int32)
     level = np.array([c[g] for c in cells for g in sorted(c)], dtype=np.uint8)
     one = np.ones(len(cells), dtype=np.float32)
-    out = with_levels(CellWords(indptr, gene, level, one, one), levels)
+    out = with_levels(GeneTokens(indptr, gene, level, one, one), levels)
     for i, cell in enumerate(cells):
         part = slice(out.indptr[i], out.indptr[i + 1])
         wanted = {g: v for g, v in {**cell, **levels}.items() if v > 0}

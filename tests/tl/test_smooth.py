@@ -11,9 +11,9 @@ import pytest
 import scmulan
 from scmulan.cli.__main__ import main
 from scmulan.errors import InputError
-from scmulan.tl.smooth import AGREEMENT, KEY, smooth_types
+from scmulan.tl._smooth import AGREEMENT, KEY, smooth_types
 
-pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 
 
 def by_hand(types, states, k):
@@ -53,7 +53,7 @@ def test_it_is_the_vote_counted_by_hand(scattered, k, monkeypatch):
     types, states, _ = scattered
     said, shares = by_hand(types.to_numpy(), states, k)
     for pairs in (2**25, 1000):  # all cells together, and few at a time
-        monkeypatch.setattr(sys.modules["scmulan.tl.smooth"], "PAIRS", pairs)
+        monkeypatch.setattr(sys.modules["scmulan.tl._smooth"], "PAIRS", pairs)
         found = smooth_types(types, states, k)
         assert list(found.index) == list(types.index)
         assert np.array_equal(found[KEY].astype(str), said)

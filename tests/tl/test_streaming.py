@@ -15,11 +15,11 @@ import pytest
 import scipy.sparse as sp
 
 from scmulan.errors import OutputError
-from scmulan.tl import on_disk, passes
-from scmulan.tl.on_disk import Reading, annotate_file, embed_file
-from scmulan.tl.parts import PREFIX, Parts
+from scmulan.tl import _blockwise
+from scmulan.tl._blockwise import PREFIX, BlockStore
+from scmulan.tl._files import ReadOptions, annotate_file, embed_file
 
-pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 BLOCK = 8
 
 
@@ -30,11 +30,13 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in (passes, on_disk):
+    from scmulan.tl import _files
+
+    for module in (_blockwise, _files):
         monkeypatch.setattr(module, "block_cells", lambda model: BLOCK)
 
 
-def write_cells(path, model, n=60, genes=80):
+def decode_cells(path, model, n=60, genes=80):
     rng = np.random.default_rng(0)
     x = sp.csr_matrix(rng.poisson(0.6, (n, genes)).astype(np.float32))
     adata = ad.AnnData(x)
@@ -45,7 +47,7 @@ def write_cells(path, model, n=60, genes=80):
 
 @pytest.fixture
 def source(tmp_path, random_model):
-    return write_cells(tmp_path / "in.h5ad", random_model)
+    return decode_cells(tmp_path / "in.h5ad", random_model)
 
 
 def same(a: Path, b: Path) -> bool:
@@ -66,7 +68,7 @@ def test_an_interrupted_job_goes_on_where_it_was(source, tmp_path, random_model,
     run = {"annotate": lambda out: annotate_file(source, out, model=random_model.folder, embed=True),
            "embed": lambda out: embed_file(source, out, model=random_model.folder)}[verb]  # fmt: skip
     run(tmp_path / "whole.h5ad")
-    put, done = Parts.put, []
+    put, done = BlockStore.put, []
 
     def put_three(self, number, arrays):
         if len(done) == 3:
@@ -74,7 +76,7 @@ def test_an_interrupted_job_goes_on_where_it_was(source, tmp_path, random_model,
         put(self, number, arrays)
         done.append(number)
 
-    monkeypatch.setattr(Parts, "put", put_three)
+    monkeypatch.setattr(BlockStore, "put", put_three)
     with pytest.raises(end):
         run(tmp_path / "out.h5ad")
     left = [name for name in os.listdir(tmp_path) if name.startswith(PREFIX)]
@@ -84,7 +86,7 @@ def test_an_interrupted_job_goes_on_where_it_was(source, tmp_path, random_model,
         assert number not in done
         put(self, number, arrays)
 
-    monkeypatch.setattr(Parts, "put", put_others)
+    monkeypatch.setattr(BlockStore, "put", put_others)
     run(tmp_path / "out.h5ad")
     assert same(tmp_path / "out.h5ad", tmp_path / "whole.h5ad")
     assert not [name for name in os.listdir(tmp_path) if name.startswith(PREFIX)]
@@ -92,19 +94,19 @@ def test_an_interrupted_job_goes_on_where_it_was(source, tmp_path, random_model,
 
 def test_parts_of_another_job_are_not_taken(source, tmp_path, random_model, small_blocks, monkeypatch):
     folders = set()
-    monkeypatch.setattr(Parts, "remove", lambda self: folders.add(self.folder))
+    monkeypatch.setattr(BlockStore, "remove", lambda self: folders.add(self.folder))
     out = tmp_path / "out.h5ad"
     annotate_file(source, out, model=random_model.folder)
-    annotate_file(source, out, model=random_model.folder, force=True, reading=Reading(batch_words=64))
+    annotate_file(source, out, model=random_model.folder, force=True, reading=ReadOptions(batch_tokens=64))
     assert len(folders) == 1  # how many words go together changes no result
     annotate_file(source, out, model=random_model.folder, force=True, threshold=0.7)
     annotate_file(source, out, model=random_model.folder, force=True, rule="stepwise")
-    annotate_file(source, out, model=random_model.folder, force=True, reading=Reading(precision="bf16"))
+    annotate_file(source, out, model=random_model.folder, force=True, reading=ReadOptions(precision="bf16"))
     os.utime(source, ns=(1, 1))
     annotate_file(source, out, model=random_model.folder, force=True)
     assert len(folders) == 5
     monkeypatch.undo()
-    Parts.remove(Parts(folders.pop()))
+    BlockStore.remove(BlockStore(folders.pop()))
     assert not [name for name in os.listdir(tmp_path) if name.startswith(PREFIX)]
 
 
@@ -125,22 +127,22 @@ def test_progress_counts_every_cell_once(source, tmp_path, random_model, small_b
 def test_parts_that_cannot_be_written_are_told(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OutputError, match="run the same command again"):
-        Parts(tmp_path / "taken").put(0, {"a": np.zeros(3)})
+        BlockStore(tmp_path / "taken").put(0, {"a": np.zeros(3)})
 
 
 KILLED = """
 import sys, time
-from scmulan.tl import on_disk, passes
-from scmulan.tl.parts import Parts
-passes.block_cells = on_disk.block_cells = lambda model: 8
-put = Parts.put
+from scmulan.tl import _blockwise, _files
+from scmulan.tl._blockwise import BlockStore
+_blockwise.block_cells = _files.block_cells = lambda model: 8
+put = BlockStore.put
 def slowly(self, number, arrays):
     put(self, number, arrays)
     print(number, flush=True)
     time.sleep(0.5)
 if sys.argv[4] == "slow":
-    Parts.put = slowly
-on_disk.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
+    BlockStore.put = slowly
+_files.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
 """
 
 
@@ -166,13 +168,13 @@ def test_killed_in_the_middle_and_run_again(source, tmp_path, random_model):
 RANK = """
 import sys
 import scmulan
-from scmulan.inference.load import load
-from scmulan.inference.ranks import ranks
-from scmulan.tl import on_disk, passes
+from scmulan.model.loading import load
+from scmulan._dist import ranks
+from scmulan.tl import _blockwise, _files
 import anndata as ad
-passes.block_cells = on_disk.block_cells = lambda model: 8
+_blockwise.block_cells = _files.block_cells = lambda model: 8
 with ranks() as here:
-    account = on_disk.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
+    account = _files.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
     assert (account["rank"], account["processes"]) == (here.rank, 2) and account["cells"] == 60
     adata = ad.read_h5ad(sys.argv[1])
     scmulan.tl.annotate(adata, load(sys.argv[3]))
@@ -204,18 +206,18 @@ def test_two_processes_share_the_cells(source, tmp_path, random_model):
 PEAK = """
 import re, sys
 from pathlib import Path
-from scmulan.inference.load import load
-from scmulan.tl import on_disk, passes
+from scmulan.model.loading import load
+from scmulan.tl import _blockwise, _files
 import torch
 torch.set_num_threads(1)
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
-passes.block_cells = on_disk.block_cells = lambda model: 256
+_blockwise.block_cells = _files.block_cells = lambda model: 256
 model = load(sys.argv[1], device="cpu")
 for _ in range(2):  # the first leaves holes in memory that the second does not find again
-    on_disk.annotate_file(sys.argv[2], sys.argv[4], model=sys.argv[1], embed=True, force=True)
+    _files.annotate_file(sys.argv[2], sys.argv[4], model=sys.argv[1], embed=True, force=True)
 before = peak()
-on_disk.annotate_file(sys.argv[3], sys.argv[4], model=sys.argv[1], embed=True, force=True)
+_files.annotate_file(sys.argv[3], sys.argv[4], model=sys.argv[1], embed=True, force=True)
 print(peak() - before)
 """
 

@@ -5,10 +5,10 @@ import scipy.sparse as sp
 
 import scmulan
 from scmulan.errors import GeneError, ScmulanError, VocabularyError
-from scmulan.language.expression import tokenize
+from scmulan.vocab.binning import tokenize
 
 COLUMNS = [f"scmulan_cell_type{part}" for part in ("", "_coarse", "_probability", "_status", "_ontology_id")]
-pytestmark = pytest.mark.filterwarnings("ignore::scmulan.language.genes.CoverageWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_generate_writes_cells_to_order(random_model):
 
 def test_generated_cells_are_read_as_they_were_written(random_model):
     made = scmulan.tl.generate(random_model, n=4, seed=0, max_words=60)
-    words = tokenize(made.X, np.arange(300, dtype=np.int32), 300, state="log1p")
+    words = tokenize(made.X, np.arange(300, dtype=np.int32), 300, matrix_kind="log1p")
     assert np.array_equal(words.gene, made.X.indices)
 
 

@@ -1,25 +1,33 @@
-"""Cells named or placed, beside the release's way and the ceiling of matrix products in the same run."""
+"""Cells named or placed, beside the release's way and the ceiling of matrix products in the same run.
 
+What each stage of a job takes, by timing the functions that the job calls.
+
+Cells placed, beside the release's way (which decodes three words to get there): see :mod:`.annotate`.
+"""
+
+import functools
 import math
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from scmulan.benchmarks.ceiling import machine
 from scmulan.benchmarks.release_way import ReleaseWay
-from scmulan.inference.engine import last_state, score_labels
-from scmulan.inference.load import load
-from scmulan.inference.precision import LEAST_COSINE, LEAST_LABELS, agreement, apply_precision, block_seconds
-from scmulan.language.sentence import Sentences
-from scmulan.language.vocabulary import Family, Vocabulary
-from scmulan.model.checkpoint import LoadedModel
+from scmulan.infer.precision import LEAST_COSINE, LEAST_LABELS, agreement, apply_precision, block_seconds
+from scmulan.infer.scoring import last_hidden, score_labels
 from scmulan.model.cost import sentence_flops
-from scmulan.model.transformer import Mulan, MulanConfig
+from scmulan.model.loading import LoadedModel, load
+from scmulan.model.network import Mulan, MulanConfig
+from scmulan.vocab.sentences import Sentences
+from scmulan.vocab.storage import read_rows
+from scmulan.vocab.vocabulary import Family, Vocabulary
 
 WORDS = (300, 600)
 CELLS = 4
@@ -117,7 +125,7 @@ def _of_one_length(
     needed = flops - (words - 1) * (20 * W * W + 4 * W * (words + 1) / 2)
     names: Any = ("fp32", *(p for p in agreeing if agreeing[p]["good"]))
     ways = {name: apply_precision(model, name) for name in names}
-    score = score_labels if verb == "annotate" else last_state
+    score = score_labels if verb == "annotate" else last_hidden
     for way in ways.values():
         score(way, prompts.take([0]))
     # The ceiling is taken between the passes that it judges, so that both meet the same neighbours on the machine.
@@ -155,7 +163,7 @@ def gemm_ceiling(rows: int, width: int) -> float:
 def _written_cells(model: LoadedModel, room: Path, n: int) -> Path:
     """File of cells that a model writes itself, for where no real ones are given."""
     import scmulan
-    from scmulan.files import write_h5ad
+    from scmulan._io.adata import write_h5ad
 
     kinds = model.vocabulary.names(Family.FINE)[:8]
     parts = [scmulan.tl.generate(model, {"cell_type": kind}, n=n // len(kinds), seed=i) for i, kind in enumerate(kinds)]
@@ -167,10 +175,10 @@ def _written_cells(model: LoadedModel, room: Path, n: int) -> Path:
 
 
 def _prompts(model: LoadedModel, source: Path, most: int) -> Sentences:
-    from scmulan.files import open_input
-    from scmulan.language.sentence import gene_prompts
-    from scmulan.language.tasks import ANNOTATE
-    from scmulan.tl.reading import CellReader
+    from scmulan._io.adata import open_input
+    from scmulan.tl._blockwise import CellReader
+    from scmulan.vocab.sentences import gene_prompts
+    from scmulan.vocab.tasks import ANNOTATE
 
     reader = CellReader(open_input(source), model)
     _, words = next(reader.blocks(len(reader)))
@@ -195,8 +203,7 @@ def _from_file_to_file(model: LoadedModel, source: Path, room: Path, verb: str, 
     """Cells per second of the small model from h5ad to h5ad, and what each stage takes of it."""
     import anndata as ad
 
-    from scmulan.benchmarks.stages import Stages
-    from scmulan.tl.on_disk import annotate_file, embed_file
+    from scmulan.tl._files import annotate_file, embed_file
 
     cells = ad.read_h5ad(source)
     many = ad.concat([cells] * copies, index_unique="-", merge="same")
@@ -215,3 +222,46 @@ def _from_file_to_file(model: LoadedModel, source: Path, room: Path, verb: str, 
         "seconds": round(seconds, 2),
         "shares": stages.shares(seconds),
     }
+
+
+class Stages:
+    """Seconds by stage while the context is open: reading, tokenising, the model, writing; the rest is glue."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("reading", "tokenising", "model", "writing"), 0.0)
+        self._patches = ExitStack()
+
+    def __enter__(self) -> "Stages":
+        from scmulan.tl import _blockwise, _files
+
+        for where, name, stage in (
+            ("scmulan.vocab.storage.read_rows", read_rows, "reading"),
+            ("scmulan.tl._files.open_input", _files.open_input, "reading"),
+            ("scmulan.tl._blockwise.choose_matrix", _blockwise.choose_matrix, "reading"),
+            ("scmulan.tl._blockwise.tokenize", _blockwise.tokenize, "tokenising"),
+            ("scmulan.tl._blockwise.match_genes", _blockwise.match_genes, "tokenising"),
+            ("scmulan.tl._files.copy_with_results", _files.copy_with_results, "writing"),
+        ):
+            self._patches.enter_context(patch(where, self._timed(name, stage)))
+        for method in ("last", "forward", "entity_logits"):
+            self._patches.enter_context(patch.object(Mulan, method, self._timed(getattr(Mulan, method), "model")))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def shares(self, total: float) -> dict[str, float]:
+        """Share of each stage in so many seconds; ``other`` is what none of them took."""
+        found = {stage: round(seconds / total, 3) for stage, seconds in self.seconds.items()}
+        return {**found, "other": round(1 - sum(found.values()), 3)}
+
+    def _timed(self, work: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*args, **options)
+            finally:
+                self.seconds[stage] += time.perf_counter() - start
+
+        return timed

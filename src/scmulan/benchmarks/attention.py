@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmulan.benchmarks.ceiling import best_seconds, machine
-from scmulan.model.cache import Cache
-from scmulan.model.causal import attend_causally
-from scmulan.model.tiles import TiledCache
+from scmulan.model.cpu_attention.attention import causal_attention
+from scmulan.model.cpu_attention.kv_cache import CpuKVCache
+from scmulan.model.kv_cache import KVCache
 
 # Heads and their width; words read before.
 SHAPES = {"mini": (4, 32, 800), "368M": (20, 56, 300)}
@@ -38,14 +38,14 @@ def run(*, quick: bool = False) -> dict[str, object]:
 def _new(rows: int, heads: int, width: int, before: int, new: int) -> dict[str, float]:
     past, qkv = (torch.randn(rows, n, 3, heads, width) for n in (before, new))
 
-    def timed(kind: type[Cache]) -> tuple[float, Tensor]:
+    def timed(kind: type[KVCache]) -> tuple[float, Tensor]:
         cache = kind.empty(1, rows, heads, before + new, width, bag=None, like=torch.empty(0))
         cache.attend(0, past, None)
         cache.advance(before, None, None)
         mask = cache.mask(new)
         return best_seconds(lambda: cache.attend(0, qkv, mask)), cache.attend(0, qkv, mask)
 
-    (library, expected), (ours, found) = timed(Cache), timed(TiledCache)
+    (library, expected), (ours, found) = timed(KVCache), timed(CpuKVCache)
     return _told(4.0 * rows * heads * width * (before + new) * new, library, ours, expected, found)
 
 
@@ -56,8 +56,8 @@ def _whole(rows: int, heads: int, width: int, words: int) -> dict[str, float]:
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
-    seconds = best_seconds(library), best_seconds(lambda: attend_causally(qkv))
-    return _told(2.0 * rows * heads * width * words**2, seconds[0], seconds[1], library(), attend_causally(qkv))
+    seconds = best_seconds(library), best_seconds(lambda: causal_attention(qkv))
+    return _told(2.0 * rows * heads * width * words**2, seconds[0], seconds[1], library(), causal_attention(qkv))
 
 
 def _told(operations: float, library: float, ours: float, expected: Tensor, found: Tensor) -> dict[str, float]:

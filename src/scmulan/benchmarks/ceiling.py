@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from scmulan.machine import cpu
+from scmulan._machine import cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -21,12 +21,12 @@ import scmulan
 from scmulan.benchmarks.ceiling import machine
 from scmulan.benchmarks.release_way import ReleaseWay
 from scmulan.errors import ModelError
-from scmulan.inference.precision import apply_precision
-from scmulan.inference.writing import GenerateConfig, Writer, _Places
-from scmulan.language.vocabulary import Vocabulary
-from scmulan.model.checkpoint import LoadedModel
-from scmulan.model.cost import forward_flops_per_word, kv_bytes_per_word, weight_bytes
-from scmulan.model.transformer import PUBLISHED, Mulan, MulanConfig
+from scmulan.generate.decoding import CellDecoder, DecodingConfig, _DecodingSlots
+from scmulan.infer.precision import apply_precision
+from scmulan.model.cost import forward_flops_per_token, kv_bytes_per_token, weight_bytes
+from scmulan.model.loading import LoadedModel
+from scmulan.model.network import PUBLISHED, Mulan, MulanConfig
+from scmulan.vocab.vocabulary import Vocabulary
 
 DRAFTS = (2, 4, 8, 16, 32)
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -63,14 +63,14 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     }
 
 
-class _FewPasses(Writer):
+class _FewPasses(CellDecoder):
     """Writer that stops after some passes, and knows the time of the fastest but for the first."""
 
     passes = 2
     fastest = float("inf")
     _done = 0
 
-    def _passes(self, places: _Places, number: int) -> None:
+    def _passes(self, places: _DecodingSlots, number: int) -> None:
         start = time.perf_counter()
         super()._passes(places, number)
         if self._done:
@@ -90,7 +90,7 @@ def _model(config: MulanConfig, vocabulary: Vocabulary) -> LoadedModel:
 
 def _seconds(model: LoadedModel, prompt: np.ndarray, rows: int, draft: int) -> float:
     """Seconds of one pass of many rows that go on with a prompt, undisturbed."""
-    writer = _FewPasses(model, GenerateConfig(rule="release", sample_values=False, batch=rows, draft=draft))
+    writer = _FewPasses(model, DecodingConfig(rule="release", sample_values=False, batch=rows, draft=draft))
     writer.write([prompt], [(0, i) for i in range(rows)], seed=0)
     return writer.fastest
 
@@ -135,11 +135,11 @@ def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[s
                 best = {"words_per_second": round(speed, 1), "precision": precision, "draft": draft}
             if seconds > 4 * word_by_word * draft:
                 break  # emulated: not worth the time
-    moved = weight_bytes(config, "fp32") + rows * words * kv_bytes_per_word(config, "fp32")
-    alone_moved = weight_bytes(config, "fp32") + words * kv_bytes_per_word(config, "fp32")
+    moved = weight_bytes(config, "fp32") + rows * words * kv_bytes_per_token(config, "fp32")
+    alone_moved = weight_bytes(config, "fp32") + words * kv_bytes_per_token(config, "fp32")
     # A copy reads and writes each byte; decoding reads.
     copy = about["copy_gb_per_second"] * 1e9
-    flops = rows * forward_flops_per_word(config, context=words)
+    flops = rows * forward_flops_per_token(config, context=words)
     return {
         "layers": config.layers,
         "words": words,
@@ -159,9 +159,11 @@ def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[s
     }
 
 
-def _written(model: LoadedModel, prompt: np.ndarray, rows: int, config: GenerateConfig) -> tuple[float, Writer, int]:
+def _written(
+    model: LoadedModel, prompt: np.ndarray, rows: int, config: DecodingConfig
+) -> tuple[float, CellDecoder, int]:
     """Words per second of whole cells, all included; the writer; and words of a cell on average."""
-    writer = Writer(model, config)
+    writer = CellDecoder(model, config)
     start = time.perf_counter()
     writer.write([prompt], [(0, i) for i in range(rows)], seed=0)
     return writer.tally.words / (time.perf_counter() - start), writer, round(writer.tally.words / rows)
@@ -174,9 +176,9 @@ def _mini(quick: bool) -> dict[str, Any]:
     rows, words = (16, 150) if quick else (64, 1550)
     accepted: dict[str, float] = {}
     speeds: dict[str, float] = {}
-    _written(model, prompt, 2, GenerateConfig(max_words=20))  # compiles what is compiled
+    _written(model, prompt, 2, DecodingConfig(max_words=20))  # compiles what is compiled
     for draft in (1, *DRAFTS):
-        speed, writer, mean = _written(model, prompt, rows, GenerateConfig(draft=draft, max_words=words))
+        speed, writer, mean = _written(model, prompt, rows, DecodingConfig(draft=draft, max_words=words))
         accepted[str(draft)] = round(writer.tally.words_per_pass, 2)
         speeds[str(draft)] = round(speed, 1)
     best: dict[str, Any] = {"words_per_second": 0.0}
@@ -185,14 +187,14 @@ def _mini(quick: bool) -> dict[str, Any]:
             other = apply_precision(model, precision)  # type: ignore[arg-type]
         except ModelError:
             continue
-        speed, writer, _ = _written(other, prompt, rows, GenerateConfig(max_words=words))
+        speed, writer, _ = _written(other, prompt, rows, DecodingConfig(max_words=words))
         if speed > best["words_per_second"]:
             best = {"words_per_second": round(speed, 1), "precision": precision, "draft": writer.pace.best()}
     # The release's network has neither set state nor spread of values: its way is timed without.
     plain = replace(model.config, set_state=False, value_spread=False, word_bias=False, bounded_genes=False)
     release_model = _model(plain, v)
     release = 1 / _release_seconds(release_model, prompt, mean)
-    same = GenerateConfig(rule="release", sample_values=False, draft=1, max_words=mean)
+    same = DecodingConfig(rule="release", sample_values=False, draft=1, max_words=mean)
     batched, _, _ = _written(release_model, prompt, rows, same)
     return {
         "rows": rows,

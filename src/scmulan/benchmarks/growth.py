@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from scmulan.benchmarks.ceiling import machine
-from scmulan.inference.engine import WordBudget, score_labels
-from scmulan.inference.load import load
-from scmulan.language.sentence import Sentences
-from scmulan.language.vocabulary import Family
-from scmulan.model.checkpoint import LoadedModel
+from scmulan.infer.scoring import TokenBudget, score_labels
+from scmulan.model.loading import LoadedModel, load
+from scmulan.vocab.sentences import Sentences
+from scmulan.vocab.vocabulary import Family
 
 CELLS = (100, 1_000, 10_000, 100_000)
 WORDS = (100, 200, 400, 800, 1_550)
@@ -52,7 +51,7 @@ def _curve(model: LoadedModel, points: list[tuple[int, int, int, int | None]]) -
     """Points (n, cells, words of each, cells per pass) in turn."""
     out: dict[str, Any] = {"n": [], "seconds": [], "mib": []}
     for n, cells, words, batch in points:
-        budget = None if batch is None else WordBudget(words=batch * words)
+        budget = None if batch is None else TokenBudget(words=batch * words)
         before = _reset_peak()
         start = time.perf_counter()
         for begin in range(0, cells, BLOCK):

@@ -13,12 +13,12 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from scmulan._machine import cpu
 from scmulan.benchmarks.ceiling import machine
-from scmulan.benchmarks.synthetic import synthetic_corpus
-from scmulan.corpus.loader import LoadedBatch, Loader
-from scmulan.corpus.order import EpochOrder
-from scmulan.corpus.store import Corpus
-from scmulan.machine import cpu
+from scmulan.benchmarks.corpus import synthetic_corpus
+from scmulan.data.loader import LoadedBatch, Loader
+from scmulan.data.sampling import EpochOrder
+from scmulan.data.store import Corpus
 
 BATCH = 256
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scmulan.model.transformer import Block, Mulan
+from scmulan.model.network import Block, Mulan
 
 ANNOTATION_WORDS = 3
 LEVELS = 10

@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from scmulan.benchmarks.ceiling import machine
-from scmulan.language.genes import GeneTable
-from scmulan.training.loop import read_log
+from scmulan.train.trainer import read_log
+from scmulan.vocab.genes import GeneTable
 
 RECIPE = """
 name = "resume"

@@ -9,7 +9,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmulan.benchmarks.ceiling import machine
-from scmulan.language.expression import LEVELS, TARGET_SUM, CellWords, tokenize
+from scmulan.vocab.binning import LEVELS, TARGET_SUM, GeneTokens, tokenize
 
 GENES, VOCABULARY, NON_ZEROS = 20_000, 2_000, 1_500
 T = TypeVar("T")
@@ -24,16 +24,16 @@ def run(*, quick: bool = False) -> dict[str, object]:
     few = 100 if quick else 500
     matrix, columns = synthetic_cells(cells)
     part = matrix[:few]
-    tokenize(part, columns, VOCABULARY, state="counts")
+    tokenize(part, columns, VOCABULARY, matrix_kind="counts")
     repeats = 3 if quick else 5
-    ours, words = _seconds(lambda: tokenize(matrix, columns, VOCABULARY, state="counts"), repeats)
+    ours, words = _seconds(lambda: tokenize(matrix, columns, VOCABULARY, matrix_kind="counts"), repeats)
     scipy_seconds, scipy_words = _seconds(lambda: with_scipy(matrix, columns, VOCABULARY), repeats)
     first_seconds, first_words = _seconds(lambda: with_scipy(matrix, columns, VOCABULARY, subset_first=True), repeats)
     release_seconds, release_words = _seconds(lambda: as_released(part, columns, VOCABULARY), 2)
     logged = matrix.copy()
     logged.data = np.log1p(logged.data)
-    log_seconds, _ = _seconds(lambda: tokenize(logged, columns, VOCABULARY, state="log1p"), repeats)
-    some = CellWords(words.indptr[: few + 1], words.gene, words.level, words.maximum, words.covered)
+    log_seconds, _ = _seconds(lambda: tokenize(logged, columns, VOCABULARY, matrix_kind="log1p"), repeats)
+    some = GeneTokens(words.indptr[: few + 1], words.gene, words.level, words.maximum, words.covered)
     if not (same_words(words, scipy_words) and same_words(words, first_words) and same_words(some, release_words)):
         raise AssertionError("the ways disagree about the words of the same cells")
     return {
@@ -65,7 +65,7 @@ def synthetic_cells(cells: int, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarra
     return matrix, columns
 
 
-def with_scipy(matrix: sp.csr_matrix, columns: np.ndarray, genes: int, *, subset_first: bool = False) -> CellWords:
+def with_scipy(matrix: sp.csr_matrix, columns: np.ndarray, genes: int, *, subset_first: bool = False) -> GeneTokens:
     """The same rule in whole-matrix operations of numpy and scipy.
 
     In the order in which it is told (normalise, log1p, choose genes, bin), or with the genes chosen first, so that
@@ -90,10 +90,10 @@ def with_scipy(matrix: sp.csr_matrix, columns: np.ndarray, genes: int, *, subset
     level -= values <= (level - 1) * step
     level += values > level * step
     level = np.clip(level, 1, LEVELS).astype(np.uint8)
-    return CellWords(chosen.indptr.astype(np.int64), chosen.indices, level, maximum, total)
+    return GeneTokens(chosen.indptr.astype(np.int64), chosen.indices, level, maximum, total)
 
 
-def as_released(matrix: sp.csr_matrix, columns: np.ndarray, genes: int) -> CellWords:
+def as_released(matrix: sp.csr_matrix, columns: np.ndarray, genes: int) -> GeneTokens:
     """The release's way: a dense table of the vocabulary's genes, then a series, its names and bins cell by cell."""
     inside = np.flatnonzero(columns >= 0)
     total = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()
@@ -113,10 +113,10 @@ def as_released(matrix: sp.csr_matrix, columns: np.ndarray, genes: int) -> CellW
         gene.append([place[name] for name in said])
         lengths.append(len(said))
     maximum = table.to_numpy().max(1)
-    return CellWords(np.cumsum(lengths), np.concatenate(gene), np.concatenate(level), maximum, total)
+    return GeneTokens(np.cumsum(lengths), np.concatenate(gene), np.concatenate(level), maximum, total)
 
 
-def same_words(a: CellWords, b: CellWords) -> bool:
+def same_words(a: GeneTokens, b: GeneTokens) -> bool:
     """Whether two batches have the same genes and bins in every cell."""
     end = a.indptr[-1]
     return (

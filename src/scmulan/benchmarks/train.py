@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from scmulan.benchmarks.ceiling import machine
-from scmulan.corpus.memory import CellStore
-from scmulan.language.vocabulary import METADATA, Family, Vocabulary
+from scmulan.data.memory import CellStore
 from scmulan.model.cost import batch_flops
-from scmulan.model.transformer import Mulan, MulanConfig
-from scmulan.training.batches import Batch, BatchConfig, Batches
-from scmulan.training.estimate import synthetic_batch, typical_step
-from scmulan.training.loop import batch_loss, make_optimizer
-from scmulan.training.recipe import ObjectiveSection, OptimizerSection
+from scmulan.model.network import Mulan, MulanConfig
+from scmulan.train.batches import Batch, BatchConfig, Batches
+from scmulan.train.config import ObjectiveSection, OptimizerSection
+from scmulan.train.estimate import synthetic_batch, typical_step
+from scmulan.train.trainer import batch_loss, make_optimizer
+from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 TARGETS = {"share_of_ceiling_368m": 0.60, "share_of_ceiling_mini": 0.35}
 # The small model that ships, and its recipe's batches.
@@ -223,7 +223,7 @@ def replace_positions(batch: Batch, number: int) -> Batch:
 
 
 def _chunked(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveSection) -> torch.Tensor:
-    from scmulan.training.objective import objective_loss
+    from scmulan.train.losses import objective_loss
 
     entity, value = objective_loss(model, hidden, batch.targets, objective="published", value_weight=200.0)
     return entity + objective.value_weight * value

@@ -31,7 +31,7 @@ def annotate(
         bool, typer.Option("--smooth", help="Also store the types that each cell's nearest neighbours vote for.")
     ] = False,
     layer: options.Layer = None,
-    state: options.State = None,
+    matrix_kind: options.MatrixKind = None,
     min_genes: options.MinGenes = 20,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -46,15 +46,28 @@ def annotate(
 
     A job that was interrupted goes on where it was when the same command is run again.
     """
-    from scmulan.tl.on_disk import Reading, annotate_file
+    from scmulan.tl._files import ReadOptions, annotate_file
 
     account = annotate_file(
-        cells, out, model=model, table=table, rule=rule, threshold=threshold, embed=embed, smooth=smooth,
-        reading=Reading(
-            layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
+        cells,
+        out,
+        model=model,
+        table=table,
+        rule=rule,
+        threshold=threshold,
+        embed=embed,
+        smooth=smooth,
+        reading=ReadOptions(
+            layer=layer,
+            matrix_kind=matrix_kind,
+            min_genes=min_genes,
+            device=device,
+            precision=precision,
+            batch_tokens=batch_size,
         ),
-        force=force, progress=console.progress,
-    )  # fmt: skip
+        force=force,
+        progress=console.progress,
+    )
     if account["rank"] == 0:
         console.result(account, _sentences(account), as_json)
 

@@ -32,9 +32,9 @@ def build(
     force: options.Force = False,
 ) -> None:
     """Write cells of many files as one corpus. The same command goes on with a build that was interrupted."""
-    from scmulan.corpus.build import build
-    from scmulan.corpus.inspect import describe, inspect
-    from scmulan.corpus.spec import read_corpus_spec
+    from scmulan.data.build import build
+    from scmulan.data.inspect import describe, inspect
+    from scmulan.data.spec import read_corpus_spec
 
     plan = read_corpus_spec(spec)
 
@@ -52,7 +52,7 @@ def build(
 @app.command()
 def inspect(corpus: Folder, as_json: options.Json = False) -> None:
     """Say what a corpus holds, and what was lost on the way."""
-    from scmulan.corpus.inspect import describe, inspect
+    from scmulan.data.inspect import describe, inspect
 
     about = inspect(corpus)
     console.result(about, describe(about), as_json)
@@ -65,7 +65,7 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Compare every file with its checksum; exit with 1 if one was altered or is missing."""
-    from scmulan.corpus.verify import verify
+    from scmulan.data.inspect import verify
 
     found = verify(corpus, jobs)
     for problem in found["problems"]:
@@ -95,7 +95,7 @@ def split(
     as_json: options.Json = False,
 ) -> None:
     """Hold out studies and donors for validation and test."""
-    from scmulan.corpus.split import split_corpus
+    from scmulan.data.split import split_corpus
 
     found = split_corpus(spec, out)
     if found["shared_donors"]:

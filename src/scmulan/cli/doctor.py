@@ -12,7 +12,7 @@ def doctor(as_json: options.Json = False) -> None:
 
     Exit code 1 if something is not as it should be.
     """
-    from scmulan.machine import diagnose
+    from scmulan._machine import diagnose
 
     facts = diagnose()
     console.result(facts, _sentences(facts), as_json)

@@ -18,7 +18,7 @@ def embed(
         ),
     ] = "default",
     layer: options.Layer = None,
-    state: options.State = None,
+    matrix_kind: options.MatrixKind = None,
     min_genes: options.MinGenes = 20,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -33,15 +33,24 @@ def embed(
 
     A job that was interrupted goes on where it was when the same command is run again.
     """
-    from scmulan.tl.on_disk import Reading, embed_file
+    from scmulan.tl._files import ReadOptions, embed_file
 
     account = embed_file(
-        cells, out, model=model, rule=rule,
-        reading=Reading(
-            layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
+        cells,
+        out,
+        model=model,
+        rule=rule,
+        reading=ReadOptions(
+            layer=layer,
+            matrix_kind=matrix_kind,
+            min_genes=min_genes,
+            device=device,
+            precision=precision,
+            batch_tokens=batch_size,
         ),
-        force=force, progress=console.progress,
-    )  # fmt: skip
+        force=force,
+        progress=console.progress,
+    )
     rows = {
         **console.reading(account),
         "embedding": f"obsm[{account['obsm'][0]!r}], {account['width']} numbers per cell",

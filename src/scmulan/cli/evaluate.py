@@ -72,7 +72,7 @@ def annotation(
 
     A type that is finer than its label is right; what is compared as spelled is given too.
     """
-    from scmulan.evaluation.annotation import evaluate_annotation
+    from scmulan.evaluate.annotation import evaluate_annotation
 
     result = evaluate_annotation(
         model, data, labels=labels, mapping=mapping, lineages=lineages, train=train or [], train_labels=train_labels,
@@ -100,7 +100,7 @@ def integration(
 
     The metrics are those of scib-metrics; PCA is what to be better than.
     """
-    from scmulan.evaluation.integration import evaluate_integration
+    from scmulan.evaluate.integration import evaluate_integration
 
     result = evaluate_integration(
         model, data, labels=labels, batch=batch, mapping=mapping, max_cells=max_cells, kbet=kbet, min_genes=min_genes,
@@ -136,7 +136,7 @@ def generation(
 
     Beside them stand cells whose genes are drawn one by one.
     """
-    from scmulan.evaluation.generation import evaluate_generation
+    from scmulan.evaluate.generation import evaluate_generation
 
     columns = options.fields(field, "--field", "COLUMN")
     result = evaluate_generation(

@@ -44,7 +44,7 @@ def finetune(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
     layer: options.Layer = None,
-    state: options.State = None,
+    matrix_kind: options.MatrixKind = None,
     min_genes: options.MinGenes = 20,
     as_json: options.Json = False,
     force: options.Force = False,
@@ -54,14 +54,30 @@ def finetune(
     Labels that the model lacks become new words. The result is a model folder like any other. The same command
     continues a run that was interrupted.
     """
-    from scmulan.training.finetune import finetune
+    from scmulan.train.finetune import finetune
 
     report = finetune(
-        model, data, labels, out, coarse=coarse, metadata=options.fields(metadata, "--metadata", "COLUMN"),
-        donor=donor, method=method, epochs=epochs, steps=steps, rate=rate, validation_share=validation_share,
-        patience=patience, ontology=ontology, seed=seed, layer=layer, state=state, min_genes=min_genes, force=force,
+        model,
+        data,
+        labels,
+        out,
+        coarse=coarse,
+        metadata=options.fields(metadata, "--metadata", "COLUMN"),
+        donor=donor,
+        method=method,
+        epochs=epochs,
+        steps=steps,
+        rate=rate,
+        validation_share=validation_share,
+        patience=patience,
+        ontology=ontology,
+        seed=seed,
+        layer=layer,
+        matrix_kind=matrix_kind,
+        min_genes=min_genes,
+        force=force,
         progress=console.log,
-    )  # fmt: skip
+    )
     if report["model"] is None:
         console.log("scmulan: interrupted; the same command continues from the last checkpoint")
         raise typer.Exit(130)

@@ -73,7 +73,7 @@ def generate(
 
     Example: scmulan generate -o b.h5ad --set organ=Blood --set cell_type="B cell" -n 100
     """
-    from scmulan.tl.on_disk import generate_file
+    from scmulan.tl._files import generate_file
 
     account = generate_file(
         out, options.fields(what, "--set") or {}, model=model, n=n, seed=seed, temperature=temperature, rule=rule,

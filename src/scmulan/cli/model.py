@@ -18,8 +18,7 @@ Which = Annotated[
 @app.command("list")
 def list_models(as_json: options.Json = False) -> None:
     """List the models that come with scmulan."""
-    from scmulan.model.describe import describe_model
-    from scmulan.model.folder import packaged_models
+    from scmulan.model.folder import describe_model, packaged_models
 
     models = {name: describe_model(folder) for name, folder in packaged_models().items()}
     rows = {name: f"{_size(about)}. {about['description']}" for name, about in models.items()}
@@ -30,7 +29,7 @@ def list_models(as_json: options.Json = False) -> None:
 @app.command()
 def info(model: Which, as_json: options.Json = False) -> None:
     """Say what a model knows and what it was made from."""
-    from scmulan.model.describe import describe_model
+    from scmulan.model.folder import describe_model
 
     about = describe_model(model)
     card = about["card"]
@@ -71,9 +70,9 @@ def import_model(
 
     No code in the checkpoint is run: a file that wants to run some is refused.
     """
-    from scmulan.model.describe import describe_model
+    from scmulan._io.outputs import check_output
+    from scmulan.model.folder import describe_model
     from scmulan.model.release import import_release
-    from scmulan.outputs import check_output
 
     check_output(out, force, folder=True)
     about = describe_model(import_release(checkpoint, out, force=force))
@@ -88,8 +87,8 @@ def export_model(
     force: options.Force = False,
 ) -> None:
     """Turn the newest checkpoint of a training run, finished or not, into a model folder with its card."""
-    from scmulan.outputs import check_output
-    from scmulan.training.export import export_run
+    from scmulan._io.outputs import check_output
+    from scmulan.train.export import export_run
 
     check_output(out, force, folder=True)
     found = export_run(run, out, force=force)
@@ -111,7 +110,7 @@ def verify(
 
     Exit code 0: all as it should be; 1: different, the first difference is named; 2: cannot be used.
     """
-    from scmulan.inference.parity import verify as compare
+    from scmulan.infer.parity import verify as compare
 
     found = compare(model, against, device=device)
     console.result(found.to_json(), str(found), as_json)

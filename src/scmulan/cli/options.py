@@ -34,7 +34,7 @@ def fields(texts: Sequence[str] | None, option: str, value: str = "WORD") -> dic
     dict or None
         Field to what was said of it; None where nothing was given.
     """
-    from scmulan.language.vocabulary import family_of_field
+    from scmulan.vocab.vocabulary import family_of_field
 
     if not texts:
         return None
@@ -65,9 +65,9 @@ Layer = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Matrix to read: X, raw, or a layer.", show_default="found by looking"),
 ]
-State = Annotated[
+MatrixKind = Annotated[
     Literal["counts", "log1p"] | None,
-    typer.Option(help="What the matrix holds.", show_default="found by looking"),
+    typer.Option("--state", help="What the matrix holds.", show_default="found by looking"),
 ]
 MinGenes = Annotated[int, typer.Option(min=0, metavar="N", help="Refuse cells with fewer genes of the model's.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps …")]

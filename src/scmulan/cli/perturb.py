@@ -20,7 +20,7 @@ def perturb(
     ],
     model: options.Model = "mini",
     layer: options.Layer = None,
-    state: options.State = None,
+    matrix_kind: options.MatrixKind = None,
     min_genes: options.MinGenes = 20,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -33,15 +33,24 @@ def perturb(
     The output is a copy of the input with scmulan_perturbed, …_cell_type, …_probability, …_probability_before and
     …_shift in obs. No other gene is changed: this tells what a gene says about a cell, not what a living cell would do.
     """
-    from scmulan.tl.on_disk import Reading, perturb_file
+    from scmulan.tl._files import ReadOptions, perturb_file
 
     account = perturb_file(
-        cells, out, _levels(gene), model=model,
-        reading=Reading(
-            layer=layer, state=state, min_genes=min_genes, device=device, precision=precision, batch_words=batch_size
+        cells,
+        out,
+        _levels(gene),
+        model=model,
+        reading=ReadOptions(
+            layer=layer,
+            matrix_kind=matrix_kind,
+            min_genes=min_genes,
+            device=device,
+            precision=precision,
+            batch_tokens=batch_size,
         ),
-        force=force, progress=console.progress,
-    )  # fmt: skip
+        force=force,
+        progress=console.progress,
+    )
     rows = {
         **console.reading(account),
         "changed": f"{account['changed']:,} cells, {account['other_type']:,} of them of another type now; "

@@ -34,7 +34,7 @@ def pretrain(
     The same command continues a run that was interrupted. The finished model is the folder 'model' of the run folder.
     Several processes: torchrun --nproc-per-node N -m scmulan pretrain RECIPE.toml
     """
-    from scmulan.training.pretrain import describe, pretrain
+    from scmulan.train.pretrain import describe, pretrain
 
     report = pretrain(recipe, out, changes=what or [], dry_run=dry_run)
     first = os.environ.get("RANK", "0") == "0"  # of a torchrun job, one process speaks

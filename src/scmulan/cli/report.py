@@ -35,7 +35,7 @@ def report(
 
     The page is a single HTML file that needs no network. Needs: pip install 'scmulan[report]'.
     """
-    from scmulan.report.on_disk import report_file
+    from scmulan.report.page import report_file
 
     command = shlex.join(["scmulan", *context.obj])
     report_file(annotated, out, generated=generated, model=model, title=title, command=command, force=force)

@@ -2,19 +2,23 @@
 
 ``config.json`` (the network's shape), ``vocabulary.json``, ``card.json`` (what the model knows and where it is from),
 ``model.safetensors`` (weights) and ``hashes.json`` (sha256 of each of these).
+
+What a model folder says about itself, without torch and without reading its weights into memory.
 """
 
-import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from scmulan._io.outputs import atomic_path, check_output, sha256
 from scmulan.errors import ModelError, OutputError, ScmulanError
-from scmulan.language.vocabulary import Vocabulary
-from scmulan.outputs import atomic_path, check_output
+from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 FORMAT = "scmulan-model/1"
 WEIGHTS = "model.safetensors"
@@ -111,12 +115,6 @@ def verify_hashes(folder: str | Path) -> dict[str, str]:
     return hashes
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def existing(folder: Path, name: str) -> Path:
     """Path of one of the folder's files; a ModelError where it is missing."""
     path = folder / name
@@ -175,3 +173,52 @@ def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
 def write_hashes(folder: Path) -> None:
     """Hash the folder's files into ``hashes.json``."""
     write_json(folder, HASHES, {name: sha256(folder / name) for name in HASHED})
+
+
+def describe_model(name_or_path: str | Path) -> dict[str, Any]:
+    """Describe a model in plain types.
+
+    Parameters
+    ----------
+    name_or_path
+        Path of a model folder, or the name of a packaged model.
+
+    Returns
+    -------
+    dict
+        ``name``, ``folder``, ``description``, ``parameters``, ``mebibytes``, ``stored_as`` (types of the weights),
+        ``weights_hash``, ``config``, ``objective``, ``genes`` (number), ``words`` (metadata words of each family) and
+        ``card``. The files are not compared with their hashes: ``scmulan model verify`` does that.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, or a file of it is missing or unreadable.
+    """
+    folder = resolve_model(name_or_path)
+    config, card, vocabulary = read_config(folder), read_card(folder), read_vocabulary(folder)
+    parameters, kinds = _weights(folder / WEIGHTS)
+    return {
+        "name": str(card.get("name", folder.name)),
+        "folder": str(folder),
+        "description": str(card.get("description") or card.get("summary") or ""),
+        "parameters": parameters,
+        "mebibytes": round(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 2**20, 2),
+        "stored_as": kinds,
+        "weights_hash": read_hashes(folder)[WEIGHTS],
+        "config": config,
+        "objective": str(card.get("objective", "published")),
+        "genes": len(vocabulary.ids(Family.GENE)),
+        "words": {str(family): vocabulary.names(family) for family in METADATA},
+        "card": card,
+    }
+
+
+def _weights(path: Path) -> tuple[int, list[str]]:
+    """Count the weights and name their types, from the head of the file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = [file.get_slice(name) for name in file.keys()]
+            return sum(math.prod(s.get_shape()) for s in slices), sorted({s.get_dtype() for s in slices})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not readable as safetensors, perhaps cut off ({error})") from None

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmulan._io.outputs import sha256
 from scmulan.errors import ModelError
-from scmulan.language.vocabulary import Vocabulary
-from scmulan.model.checkpoint import check_shapes, write_model
-from scmulan.model.folder import sha256
-from scmulan.model.transformer import Mulan, MulanConfig
+from scmulan.model.loading import check_shapes, write_model
+from scmulan.model.network import Mulan, MulanConfig
+from scmulan.vocab.vocabulary import Vocabulary
 
 # Prefixes that torch.compile and DDP put before every name.
 WRAPPERS = ("_orig_mod.", "module.")

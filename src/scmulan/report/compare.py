@@ -8,14 +8,14 @@ from anndata import AnnData
 from scipy.spatial import cKDTree
 
 from scmulan.errors import InputError
-from scmulan.language.expression import LEVELS, tokenize
-from scmulan.language.genes import match_genes
-from scmulan.language.matrix import ExpressionMatrix, choose_matrix
-from scmulan.language.ontology import Ontology
-from scmulan.language.vocabulary import Family
 from scmulan.report.layout import FEW, Plane, lay_out, principal_components, sample
 from scmulan.report.markers import read_log1p
 from scmulan.report.results import UNKNOWN, Results
+from scmulan.vocab.binning import LEVELS, tokenize
+from scmulan.vocab.genes import match_genes
+from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
+from scmulan.vocab.ontology import Ontology
+from scmulan.vocab.vocabulary import Family
 
 MOST_CELLS = 1000
 MOST_PROMPTS = 4
@@ -144,7 +144,7 @@ class _Words:
         self.generated_columns = to_common
         self.genes = len(match.found)
         self.annotated, self.results, self.generated, self.matrix = annotated, results, generated, matrix
-        self.written = choose_matrix(generated, layer="X", state="log1p")
+        self.written = choose_matrix(generated, layer="X", matrix_kind="log1p")
 
     def compare(self, prompt: dict[str, str], rows: np.ndarray) -> Comparison:
         chosen = rows[sample(len(rows), MOST_CELLS)]
@@ -198,7 +198,7 @@ class _Words:
         """Bins 0…10 of some cells, uint8 ``[cells, genes]``, relative to each cell's largest value in these genes."""
         if not len(rows):
             return np.zeros((0, self.genes), dtype=np.uint8)
-        words = tokenize(read_log1p(matrix, rows), columns, self.genes, state="log1p")
+        words = tokenize(read_log1p(matrix, rows), columns, self.genes, matrix_kind="log1p")
         bins = np.zeros((len(rows), self.genes), dtype=np.uint8)
         bins[np.repeat(np.arange(len(rows)), words.lengths), words.gene] = words.level
         return bins

@@ -13,8 +13,7 @@ from matplotlib.transforms import Transform
 from scmulan.report.compare import Comparison
 from scmulan.report.layout import Plane, crowded_places, spread_out
 from scmulan.report.markers import Markers
-from scmulan.report.palette import OTHER, REAL, WRITTEN
-from scmulan.report.results import CellType
+from scmulan.report.results import OTHER, REAL, WRITTEN, CellType
 from scmulan.report.svg import INK, MUTED, RULE, SCALE, SURFACE, new_figure, shortened, style, to_svg
 
 # Points beyond this number are drawn as one image: a page with a hundred thousand circles is slow and large.

@@ -9,11 +9,11 @@ import pandas as pd
 import scipy.sparse as sp
 from scipy.stats import rankdata
 
-from scmulan.language.expression import TARGET_SUM
-from scmulan.language.gene_table import GeneTable
-from scmulan.language.genes import choose_names
-from scmulan.language.matrix import ExpressionMatrix
 from scmulan.report.layout import SEED
+from scmulan.vocab.binning import TARGET_SUM
+from scmulan.vocab.gene_table import GeneTable
+from scmulan.vocab.genes import choose_names
+from scmulan.vocab.matrix import ExpressionMatrix
 
 CELLS_PER_TYPE = 500
 FEWEST_CELLS = 10
@@ -122,7 +122,7 @@ def read_log1p(matrix: ExpressionMatrix, cells: np.ndarray) -> sp.csr_matrix:
     parts = []
     for rows, block in matrix.chunks():
         part = block[cells[(cells >= rows.start) & (cells < rows.stop)] - rows.start]
-        if matrix.state == "counts":
+        if matrix.matrix_kind == "counts":
             total = np.asarray(part.sum(1)).ravel()
             part.data = np.log1p(part.data * np.repeat(TARGET_SUM / np.maximum(total, 1e-12), np.diff(part.indptr)))
         parts.append(part)

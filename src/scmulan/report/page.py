@@ -1,23 +1,28 @@
-"""From annotated cells to one HTML file."""
+"""From annotated cells to one HTML file.
+
+A report from file to file.
+"""
 
 import datetime
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from anndata import AnnData
 
 import scmulan
-from scmulan.errors import ScmulanError
-from scmulan.files import atomic_path
-from scmulan.language.matrix import ExpressionMatrix, choose_matrix
-from scmulan.report import methods, words
-from scmulan.report.palette import OTHER, REAL, WRITTEN
-from scmulan.report.results import KEY, Results, find_card, read_info, read_results
+from scmulan._io.adata import atomic_path, check_output, open_input
+from scmulan.errors import OutputError, ScmulanError
+from scmulan.model.folder import read_card, resolve_model
+from scmulan.report import text
+from scmulan.report.results import KEY, OTHER, REAL, WRITTEN, Results, find_card, read_info, read_results
+from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
 
 MOST_DRAWN = 20_000
 MOST_NAMED = 50
@@ -95,23 +100,23 @@ def render(
     card = card or find_card(str(read_info(annotated).get("weights_hash")))
     results = read_results(annotated, card)
     used = results.info.get("matrix", {})
-    matrix = choose_matrix(annotated, layer=used.get("where"), state=used.get("state"))
+    matrix = choose_matrix(annotated, layer=used.get("where"), matrix_kind=used.get("state"))
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=PackageLoader("scmulan.report"),
     )  # fmt: skip
-    environment.filters.update(percent=words.percent, n="{:,}".format, listed=words.listed)
+    environment.filters.update(percent=text.percent, n="{:,}".format, listed=text.listed)
     content = {
         "title": title or "Cell types by scMulan",
-        "lead": words.lead(results, generated.n_obs if generated is not None else 0),
+        "lead": text.lead(results, generated.n_obs if generated is not None else 0),
         "results": results,
         "info": results.info,
         "n_genes": matrix.n_genes,
         "matrix": matrix,
-        "notes": words.notes(results),
+        "notes": text.notes(results),
         "card": card,
         "trained": bool(card and card.get("cell_types")),
-        "model_texts": methods.model_texts(card) if card else [],
+        "model_texts": text.model_texts(card) if card else [],
         "key": KEY,
         "row_of": {row.name: row for row in results.types},
         "real": REAL,
@@ -125,8 +130,8 @@ def render(
         "date": datetime.date.today().isoformat(),
     }
     plane, markers = content["plane"], content["markers"]
-    content["map_text"] = words.map_text(results, content["drawn"], plane.method) if plane else None
-    content["methods"] = methods.methods_text(
+    content["map_text"] = text.map_text(results, content["drawn"], plane.method) if plane else None
+    content["methods"] = text.methods_text(
         results, card, _matrix_words(matrix), plane.method if plane else None, markers is not None
     )
     return environment.get_template("report.html").render(content)
@@ -180,9 +185,7 @@ def _generation(
         if comparison.real is not None:
             drawn["mean"] = figures.gene_scatter(comparison, "mean", f"mean-{i}")
             drawn["detected"] = figures.gene_scatter(comparison, "detected", f"detected-{i}")
-        pictures.append(
-            {name: Markup(svg) for name, svg in drawn.items()} | {"text": words.comparison_text(comparison)}
-        )
+        pictures.append({name: Markup(svg) for name, svg in drawn.items()} | {"text": text.comparison_text(comparison)})
     return {
         "generated": {
             "cells": generated.n_obs,
@@ -190,7 +193,7 @@ def _generation(
             "comparisons": list(zip(comparisons, pictures, strict=True)),
             "settings": settings,
             "parameters": {text: used[name] for name, text in _SETTINGS.items() if name in used},
-            "notes": words.generation_notes(results, settings, comparisons, generated.n_vars),
+            "notes": text.generation_notes(results, settings, comparisons, generated.n_vars),
         }
     }
 
@@ -206,7 +209,7 @@ def _doubtful(annotated: AnnData, results: Results) -> dict[str, Any]:
         pairs[pair] = pairs.get(pair, 0) + 1
     return {
         "cells": len(cells),
-        "where": words.where_doubtful(results),
+        "where": text.where_doubtful(results),
         "named": [
             (str(names[i]), results.label[i], results.coarse[i], float(results.probability[i]), results.status[i])
             for i in order
@@ -216,7 +219,7 @@ def _doubtful(annotated: AnnData, results: Results) -> dict[str, Any]:
 
 
 def _matrix_words(matrix: ExpressionMatrix) -> str:
-    if matrix.state == "counts":
+    if matrix.matrix_kind == "counts":
         return f"the counts in {matrix.where} (normalised to 10,000 per cell and log-transformed)"
     return f"the log1p values in {matrix.where}"
 
@@ -227,3 +230,49 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
     }
     return found | {name: version(name) for name in ("anndata", "numpy", "scipy", "umap-learn", "matplotlib")}
+
+
+def report_file(
+    annotated: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    generated: str | os.PathLike[str] | None = None,
+    model: str | Path | None = None,
+    title: str | None = None,
+    command: str = "",
+    force: bool = False,
+) -> None:
+    """Write a report on a file of annotated cells.
+
+    Parameters
+    ----------
+    annotated
+        What ``scmulan annotate`` wrote; its matrices are never loaded whole.
+    out
+        HTML file.
+    generated
+        What ``scmulan generate`` wrote.
+    model
+        Model that was used, whose card says what it knows; a packaged one is found without being named.
+    title, command
+        As in :func:`scmulan.report.write_report`.
+    force
+        Replace a page that exists.
+
+    Raises
+    ------
+    ScmulanError
+        If anything cannot be used as given; then nothing is written.
+    """
+    inputs = [Path(path) for path in (annotated, generated) if path is not None]
+    if any(os.path.realpath(path) == os.path.realpath(out) for path in inputs):
+        raise OutputError(f"{out}: is an input too; give another path for the page")
+    check_output(out, force, suffixes=(".html", ".htm"))
+    card = None if model is None else read_card(resolve_model(model))
+    with ExitStack() as stack:
+        open_study = [open_input(path, backed=True) for path in inputs]
+        for adata in open_study:
+            if adata.isbacked:
+                stack.callback(adata.file.close)
+        cells, written = (*open_study, None)[:2]
+        write_report(cells, out, generated=written, command=command, title=title, card=card)

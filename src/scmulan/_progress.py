@@ -1,0 +1,36 @@
+"""How long work tells how far it is: one type for lines and bars, whoever shows them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+Advance: TypeAlias = Callable[[int], None]
+"""Called with the number of cells (or other units) that were finished since the last call."""
+
+
+class Progress:
+    """Progress of long work. This one keeps silent; the command line has one that shows it."""
+
+    def log(self, line: str) -> None:
+        """Show a line about the work that is going on."""
+
+    @contextmanager
+    def bar(self, total: int, unit: str = "cells") -> Iterator[Advance]:
+        """Show a bar while the context is open.
+
+        Parameters
+        ----------
+        total
+            Number of units until the work is done.
+        unit
+            What is counted.
+
+        Yields
+        ------
+        Advance
+            To be called with the number of units just finished.
+        """
+        yield lambda finished: None
+
+
+SILENT = Progress()

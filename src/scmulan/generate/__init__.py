@@ -1,0 +1,1 @@
+"""Generation: sampling, speculative decoding, decoding in blocks."""

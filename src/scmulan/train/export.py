@@ -1,0 +1,184 @@
+"""From the state of a run to a model folder that can be shipped, with the card that says how it was made."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import scmulan
+from scmulan.data.memory import StudyCells
+from scmulan.data.store import CellSource
+from scmulan.errors import InputError
+from scmulan.model.cost import parameters
+from scmulan.model.loading import save_model
+from scmulan.model.network import Mulan, MulanConfig
+from scmulan.train.checkpoint import RunFolder, read_facts, read_tensors
+from scmulan.train.config import Recipe, from_mapping
+from scmulan.train.gene_count import Kinds, gene_counts_of
+from scmulan.train.trainer import read_log
+from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
+
+DATA, KINDS = "data.json", "kinds.npz"
+CURVE_POINTS = 200
+# Figures of the log that belong to the machine, not to the training.
+NOT_CURVE = {"words_per_second", "cells_per_second", "mfu", "words", "cells", "rate", "padding"}
+
+
+def remember_cells(run: Path, manifest: Sequence[Mapping[str, Any]], store: CellSource, vocabulary: Vocabulary) -> None:
+    """Write into a run folder what a card has to say about the training cells, so that it needs them no more."""
+    label = store.words(Family.FINE)
+    counts = np.bincount(label[label >= 0], minlength=len(vocabulary))
+    content = {
+        "data": list(manifest),
+        "cells": len(store),
+        "cells_with_words": int((store.lengths > 0).sum()),
+        "cell_types": {vocabulary.words[w]: int(counts[w]) for w in vocabulary.ids(Family.FINE)},
+        "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
+        "covered": covered(store),
+    }
+    (run / DATA).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    groups = Kinds.of(store, len(vocabulary))
+    if groups is not None:
+        groups.save(run / KINDS)
+    vocabulary.save(run / "vocabulary.json")
+
+
+def covered(store: CellSource, most: int = 20_000) -> float:
+    """Mean share of a cell's total that lies in the vocabulary's genes, over at most ``most`` cells."""
+    step = -(-len(store) // most)
+    shares = []
+    for start in range(0, len(store), step * 4096):
+        cells = np.arange(start, min(start + step * 4096, len(store)), step)
+        rows = store.rows(cells)
+        logged = np.repeat(store.logged[cells], np.diff(rows.indptr))
+        rows.data = np.expm1(rows.data, where=logged, out=rows.data.astype(np.float32))  # of a large count: infinite
+        shares.append(np.asarray(rows.sum(1)).ravel() / np.maximum(store.total[cells], 1e-9))
+    return float(np.concatenate(shares).mean())
+
+
+def file_manifest(studies: Sequence[StudyCells]) -> list[dict[str, Any]]:
+    """Files that the cells came from, with their hashes."""
+    return [
+        {
+            "study": s.spec.name,
+            "file": s.spec.file.name,
+            "sha256": s.sha256,
+            "cells": len(s.total),
+            "genes_resolved": len(s.genes),
+            "matrix": s.matrix_kind,
+        }
+        for s in studies
+    ]
+
+
+def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Turn the newest whole checkpoint of a run into a model folder.
+
+    Parameters
+    ----------
+    run
+        Folder that ``scmulan pretrain`` wrote; the run may be going on.
+    out
+        Model folder to write.
+    force
+        Replace an existing model folder.
+
+    Returns
+    -------
+    dict
+        ``model`` (folder), ``step``, ``words``, ``flops``, ``parameters``.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run, or no whole checkpoint.
+    OutputError
+        If ``out`` exists (without ``force``) or cannot be written.
+    """
+    run = Path(run)
+    plan, vocabulary = read_run(run)
+    folder = RunFolder(run)
+    checkpoint = folder.newest()
+    if checkpoint is None:
+        raise InputError(f"{run}: holds no whole checkpoint yet; export it after the first one is written")
+    config = model_config(plan, len(vocabulary))
+    with torch.device("meta"):
+        network = Mulan(config)
+    network.to_empty(device="cpu")
+    which = "average" if plan.optimizer.average else "model"
+    read_tensors(checkpoint, {f"{which}.{name}": p.detach() for name, p in network.named_parameters()})
+    facts = read_facts(checkpoint)
+    card = training_card(run, plan, vocabulary, network.eval(), facts)
+    target = save_model(out, network, vocabulary, card, dtype=torch.float16, force=force)
+    return {
+        "model": str(target),
+        "step": facts["step"],
+        "words": facts["words"],
+        "flops": facts["flops"],
+        "parameters": parameters(config),
+    }
+
+
+def read_run(run: Path) -> tuple[Recipe, Vocabulary]:
+    """Recipe and vocabulary of a run folder."""
+    for name in ("recipe.json", "vocabulary.json", DATA):
+        if not (run / name).is_file():
+            raise InputError(f"{run}: no {name}; expected a folder that `scmulan pretrain` wrote")
+    raw = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    return from_mapping(Recipe, raw, str(run / "recipe.json")), Vocabulary.load(run / "vocabulary.json")
+
+
+def model_config(plan: Recipe, words: int) -> MulanConfig:
+    """Shape of a recipe's network for a vocabulary of so many words."""
+    return MulanConfig(vocabulary=words, **{f: getattr(plan.model, f) for f in plan.model.__dataclass_fields__})
+
+
+def training_card(
+    run: Path, plan: Recipe, vocabulary: Vocabulary, network: Mulan, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a model's user has to know about how it was made."""
+    log = [line for line in read_log(run / "log.jsonl") if line["step"] <= facts["step"]]
+    checks = [line for line in log if "validation" in line]
+    last: dict[str, Any] = {}
+    for line in log:
+        last.update({k: v for k, v in line.items() if k != "validation"})
+    groups = Kinds.load(run / KINDS) if (run / KINDS).is_file() else None
+    return {
+        "name": plan.name,
+        "description": plan.description,
+        "made_by": f"scmulan {scmulan.__version__}, torch {torch.__version__}",
+        "objective": plan.objective.name,
+        "recipe": {k: v for k, v in plan.to_json().items() if k not in ("data", "validation")},
+        **json.loads((run / DATA).read_text(encoding="utf-8")),
+        "depth": gene_counts_of(network, groups, vocabulary),
+        "steps": facts["step"],
+        "steps_planned": plan.optimizer.steps,
+        "words_read": facts["words"],
+        "cells_read": facts["cells"],
+        "flops": facts["flops"],
+        "precision": facts["precision"],
+        "parameters": parameters(network.config),
+        "validation": checks[-1]["validation"] if checks else None,
+        "not_trained_on": "validation cells are watched only; no test study was read",
+        "final_losses": {k: v for k, v in last.items() if "entity" in k or "value" in k},
+        "curve": curve(log),
+    }
+
+
+def curve(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Losses and checks of a run in at most a few hundred points: means over stretches of the log."""
+    lines = [line for line in log if "validation" not in line]
+    size = -(-len(lines) // CURVE_POINTS)
+    losses = []
+    for start in range(0, len(lines), size or 1):
+        part = lines[start : start + size]
+        names = dict.fromkeys(k for line in part for k in line if k not in NOT_CURVE and k != "step")
+        found = {k: [line[k] for line in part if k in line] for k in names}
+        losses.append({"step": part[-1]["step"], **{k: round(sum(v) / len(v), 4) for k, v in found.items()}})
+    checks = [{"step": line["step"], **line["validation"]} for line in log if "validation" in line]
+    kept = checks[:: -(-len(checks) // CURVE_POINTS) or 1]
+    overall = [{k: v for k, v in check.items() if k == "step" or "." not in k or "entity" in k} for check in kept]
+    return {"losses": losses, "validation": overall}
