@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from scmulan._progress import Advance, Progress
+
 
 def tell(kind: str, text: str) -> None:
     """Print an error or a warning as one line on standard error."""
@@ -15,6 +17,36 @@ def tell(kind: str, text: str) -> None:
 def log(text: str) -> None:
     """Print a line about the work that is going on to standard error."""
     print(text, file=sys.stderr)
+
+
+class ConsoleProgress(Progress):
+    """Progress on standard error: lines always, bars with speed and time left while it is a terminal."""
+
+    def log(self, line: str) -> None:
+        """Print a line, above a bar that is shown."""
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def bar(self, total: int, unit: str = "cells") -> Iterator[Advance]:
+        """Show a bar while the context is open."""
+        from tqdm import tqdm
+
+        shown = sys.stderr.isatty()
+        with tqdm(total=total, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=not shown) as bar:
+
+            def advance(finished: int) -> None:
+                bar.update(finished)
+
+            yield advance
+
+
+PROGRESS = ConsoleProgress()
+"""What every verb gets as ``progress``."""
 
 
 def result(content: Mapping[str, Any], text: str, as_json: bool) -> None:
