@@ -18,9 +18,9 @@ Data = Annotated[
 ]
 
 
-def report(name: str, **options: Any) -> None:
-    """Run the benchmark ``scmulan.benchmarks.NAME.run(**options)`` and print its result as the last line."""
-    figures = importlib.import_module(f"scmulan.benchmarks.{name}").run(**options)
+def report(name: str, *, module: str | None = None, **options: Any) -> None:
+    """Run ``scmulan.benchmarks.MODULE.run(**options)`` (by default the module called ``name``); print JSON last."""
+    figures = importlib.import_module(f"scmulan.benchmarks.{module or name}").run(**options)
     typer.echo(json.dumps({"benchmark": name, "quick": options.get("quick", False), **figures}, allow_nan=False))
 
 
@@ -72,7 +72,7 @@ def annotate(quick: Quick = False, data: Data = None) -> None:
 @app.command()
 def embed(quick: Quick = False, data: Data = None) -> None:
     """Cells placed, beside the release's way; as annotate."""
-    report("embed", quick=quick, data=data)
+    report("embed", module="annotate", verb="embed", quick=quick, data=data)
 
 
 @app.command()
