@@ -1,6 +1,8 @@
 # make demo            annotate, embed and generate real cells with the packaged model; writes demo/report.html
 # make demo INPUT=x.h5ad   the same for your own cells
 # make test            the test suite, warnings as errors, with coverage
+# make lint            ruff, mypy, and the direction of imports
+# make docs            the documentation pages, warnings as errors
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,6 +33,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: install
 	$(BIN)/sphinx-build -W -q docs docs/_build
