@@ -16,7 +16,7 @@ from scmulan.data.store import Selection
 from scmulan.errors import RecipeError
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.losses import objective_loss
-from scmulan.train.sentence_kernels import _positions, _thin, binomial, mixed
+from scmulan.train.sentence_kernels import _positions, _thin
 from scmulan.vocab.tasks import ANNOTATE, GENERATE, LOCATE, TASKS
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
@@ -291,15 +291,6 @@ def test_a_thinner_cell_has_the_bins_of_its_depth(store, vocabulary):
     ]
     same_bin = [plain[word] == thin[word] for plain, thin in zip(*bins, strict=True) for word in thin if thin[word]]
     assert len(same_bin) > 500 and np.mean(same_bin) > 0.97
-
-
-@pytest.mark.parametrize(("number", "chance"), [(3, 0.2), (40, 0.05), (40, 0.9), (300, 0.4), (5000, 0.7)])
-def test_binomial_draws_have_their_mean_and_spread(number, chance):
-    draws = np.array([binomial(np.uint64(mixed(np.uint64(i))), number, chance)[1] for i in range(20_000)])
-    variance = number * chance * (1 - chance)
-    assert abs(draws.mean() - number * chance) < 5 * (variance / len(draws)) ** 0.5
-    assert draws.var() == pytest.approx(variance, rel=0.06)
-    assert draws.min() >= 0 and draws.max() <= number
 
 
 def test_cells_without_labels_are_never_annotated(store, vocabulary):

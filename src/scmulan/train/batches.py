@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from scmulan._rng import stream_keys
 from scmulan.data.sampling import SamplerState
 from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
 from scmulan.train.losses import Targets
-from scmulan.train.sentence_kernels import row_keys, write_rows
+from scmulan.train.sentence_kernels import write_rows
 from scmulan.train.sentence_plan import BatchConfig, Drawing, Drawn, EpochPlan, WeightedPlan, packed
 from scmulan.vocab.tasks import TASKS, Task
 from scmulan.vocab.vocabulary import Family, Vocabulary
@@ -191,7 +192,7 @@ class Batches:
             np.asarray(store.logged[mine.cells]),
             self.measured,
             self.gene_ids,
-            row_keys(key, rows),
+            stream_keys(key, rows),
             mine.read,
             mine.thin,
             mine.panel,

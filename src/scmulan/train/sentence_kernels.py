@@ -8,72 +8,10 @@ are varied only as far as they leave that many, so the length of a sentence is k
 import numpy as np
 
 from scmulan._numba import compiled
+from scmulan._rng import GOLDEN, binomial, uniform
 from scmulan.vocab.binning import LEVELS, TARGET_SUM, level_of
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 NO_PANEL, SHARE_PANEL = -1, -2
-
-
-@compiled()
-def mixed(state):
-    """Finaliser of splitmix64: any change of the state changes half of the bits."""
-    z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@compiled()
-def unit(state):
-    """Uniform in [0, 1) of a state, which its caller moves on by ``GOLDEN``."""
-    return float(mixed(state) >> np.uint64(11)) * 2.0**-53
-
-
-@compiled()
-def row_keys(base, rows):
-    """Key of each row's stream, from the batch's key."""
-    out = np.empty(len(rows), dtype=np.uint64)
-    for i in range(len(rows)):
-        out[i] = mixed(base + GOLDEN * np.uint64(rows[i] + 1))
-    return out
-
-
-@compiled()
-def uniform_of(base, numbers):
-    """A uniform number in [0, 1) for each integer."""
-    out = np.empty(len(numbers))
-    for i in range(len(numbers)):
-        out[i] = unit(base + GOLDEN * np.uint64(numbers[i] + 1))
-    return out
-
-
-@compiled()
-def binomial(state, number, chance):
-    """State and a binomial draw: exact up to an expectation of 30, beyond it a rounded normal."""
-    if number <= 8:
-        hits = 0
-        for _ in range(number):
-            state += GOLDEN
-            hits += unit(state) < chance
-        return state, hits
-    p = min(chance, 1.0 - chance)
-    if number * p <= 30:
-        odds = p / (1.0 - p)
-        term = (1.0 - p) ** number
-        state += GOLDEN
-        left = unit(state)
-        hits = 0
-        while left > term and hits < number:
-            left -= term
-            hits += 1
-            term *= odds * (number - hits + 1) / hits
-    else:
-        state += GOLDEN
-        radius = np.sqrt(-2.0 * np.log(1.0 - unit(state)))
-        state += GOLDEN
-        normal = radius * np.cos(2 * np.pi * unit(state))
-        hits = int(np.floor(number * p + np.sqrt(number * p * (1.0 - p)) * normal + 0.5))
-        hits = min(max(hits, 0), number)
-    return state, (hits if chance <= 0.5 else number - hits)
 
 
 @compiled()
@@ -81,7 +19,7 @@ def _to_front(state, genes, amounts, first, number, stop):
     """Random ``number`` of the entries ``first:stop`` at its front, in random order."""
     for j in range(first, first + number):
         state += GOLDEN
-        k = j + int(unit(state) * (stop - j))
+        k = j + int(uniform(state) * (stop - j))
         genes[j], genes[k] = genes[k], genes[j]
         amounts[j], amounts[k] = amounts[k], amounts[j]
     return state
@@ -96,7 +34,7 @@ def _panel(state, genes, amounts, n, least, share, measured):
             keep = measured[genes[j]]
         else:
             state += GOLDEN
-            keep = unit(state) < share
+            keep = uniform(state) < share
         if keep:
             genes[j], genes[kept] = genes[kept], genes[j]
             amounts[j], amounts[kept] = amounts[kept], amounts[j]
@@ -119,7 +57,7 @@ def _thin(state, genes, amounts, n, least, share, first_seen):
     for j in range(n):
         amounts[j] = np.rint(amounts[j])
         state += GOLDEN
-        u = unit(state)
+        u = uniform(state)
         first_seen[j] = 2.0
         if amounts[j] >= 1:
             first_seen[j] = u if amounts[j] == 1 else -np.expm1(np.log1p(-u) / amounts[j])
@@ -158,7 +96,7 @@ def _positions(state, number, read, sampled, scratch, said, weight):
         scratch[j] = j
     for j in range(drawn):
         state += GOLDEN
-        k = j + int(unit(state) * (among - j))
+        k = j + int(uniform(state) * (among - j))
         scratch[j], scratch[k] = scratch[k], scratch[j]
         said[j] = scratch[j]
         weight[j] = (among / number if to_end else 1.0) / drawn
@@ -242,7 +180,7 @@ def write_rows(
         size = hint_size[row]
         for j in range(size):  # a random subset of the known hints, in random order
             state += GOLDEN
-            k = j + int(unit(state) * (hint_number[row] - j))
+            k = j + int(uniform(state) * (hint_number[row] - j))
             hints[row, j], hints[row, k] = hints[row, k], hints[row, j]
             entity[row, at] = hints[row, j]
             at += 1
@@ -254,7 +192,7 @@ def write_rows(
                 at += 1
             for j in range(at if size > 0 else 0):  # hints anywhere among the genes
                 state += GOLDEN
-                k = j + int(unit(state) * (at - j))
+                k = j + int(uniform(state) * (at - j))
                 entity[row, j], entity[row, k] = entity[row, k], entity[row, j]
                 value[row, j], value[row, k] = value[row, k], value[row, j]
         entity[row, at] = prompt_word
@@ -264,7 +202,7 @@ def write_rows(
             targets = asked_number[row]
             for j in range(targets):
                 state += GOLDEN
-                k = j + int(unit(state) * (targets - j))
+                k = j + int(uniform(state) * (targets - j))
                 asked[row, j], asked[row, k] = asked[row, k], asked[row, j]
                 word = asked[row, j]
                 entity[row, at] = word

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from scmulan._rng import uniforms
 from scmulan.data.sampling import BalancedSampler, WindowShuffle
 from scmulan.data.store import CellSource
-from scmulan.train.sentence_kernels import NO_PANEL, SHARE_PANEL, uniform_of
+from scmulan.train.sentence_kernels import NO_PANEL, SHARE_PANEL
 from scmulan.vocab.tasks import TASKS, Task
 from scmulan.vocab.vocabulary import METADATA, Family
 
@@ -282,7 +283,7 @@ class EpochPlan:
         can = self.serves[cells][:, None] >> np.arange(len(shares), dtype=np.uint8) & 1
         cumulated = np.cumsum(can * shares, axis=1)
         key = np.random.SeedSequence([self.seed, _TASK, epoch]).generate_state(1, np.uint64)[0]
-        chosen = (uniform_of(key, cells)[:, None] * cumulated[:, -1:] >= cumulated).sum(1)
+        chosen = (uniforms(key, cells)[:, None] * cumulated[:, -1:] >= cumulated).sum(1)
         for k, number in enumerate(np.bincount(chosen, minlength=len(shares))):
             if 0 < number < self.config.least_cells:  # too few for a batch: another task, where they can serve one
                 few = np.flatnonzero(chosen == k)
