@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from scmulan._keys import CELL_TYPE, COARSE, ONTOLOGY_ID, PROBABILITY, STATUS
 from scmulan.errors import InputError
 from scmulan.report.compare import compare, count_prompts
-from scmulan.report.results import KEY, read_results
+from scmulan.report.results import read_results
 from scmulan.vocab.matrix import choose_matrix
 from scmulan.vocab.vocabulary import Vocabulary
 
@@ -23,11 +24,11 @@ def real_cells(labels: list[str], seed: int = 0) -> ad.AnnData:
     x = np.stack([rng.poisson(profiles[name]) for name in labels]).astype(np.float32)
     x[x.sum(1) == 0, 0] = 1
     obs = pd.DataFrame(index=[f"c{i}" for i in range(len(labels))])
-    obs[KEY] = pd.Categorical(labels)
-    obs[f"{KEY}_coarse"] = pd.Categorical(["lymphocyte"] * len(labels))
-    obs[f"{KEY}_probability"] = np.float32(0.9)
-    obs[f"{KEY}_status"] = pd.Categorical(["confident"] * len(labels))
-    obs[f"{KEY}_ontology_id"] = ""
+    obs[CELL_TYPE] = pd.Categorical(labels)
+    obs[COARSE] = pd.Categorical(["lymphocyte"] * len(labels))
+    obs[PROBABILITY] = np.float32(0.9)
+    obs[STATUS] = pd.Categorical(["confident"] * len(labels))
+    obs[ONTOLOGY_ID] = ""
     return ad.AnnData(sp.csr_matrix(x), obs=obs, var=pd.DataFrame(index=pd.Index(GENES)))
 
 
@@ -74,7 +75,7 @@ def test_finer_types_are_the_type_too(real):
 
 
 def test_coarse_prompts_ask_for_coarse_types(real):
-    real.obs[f"{KEY}_coarse"] = pd.Categorical(["lymphocyte"] * 77 + ["myeloid leukocyte"] * 3)
+    real.obs[COARSE] = pd.Categorical(["lymphocyte"] * 77 + ["myeloid leukocyte"] * 3)
     (found,) = compared(real, written_cells(real[77:], {"coarse_type": "myeloid leukocyte"}))
     assert found.prompt == {"coarse cell type": "myeloid leukocyte"}
     assert found.real_types == ["monocyte"] and found.real_cells == 3
@@ -82,7 +83,7 @@ def test_coarse_prompts_ask_for_coarse_types(real):
 
 
 def test_empty_cells_are_nobodys_type(real):
-    real.obs[f"{KEY}_status"] = pd.Categorical(["empty"] * 10 + ["confident"] * 70)
+    real.obs[STATUS] = pd.Categorical(["empty"] * 10 + ["confident"] * 70)
     (found,) = compared(real, written_cells(real[:30], {"fine_type": "B cell"}))
     assert found.real_cells == 20
     (found,) = compared(real, written_cells(real[:30], {"organ": "Blood"}))

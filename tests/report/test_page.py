@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib import import_module
 from itertools import pairwise
 
 import anndata as ad
@@ -10,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scmulan._keys import CELL_TYPE, COARSE, EMBEDDING, ONTOLOGY_ID, PROBABILITY, STATUS, STATUSES, UNKNOWN
 from scmulan.errors import InputError, OutputError, ScmulanError
 from scmulan.report import page as page_module
 from scmulan.report import write_report
-from scmulan.report.results import EMBEDDING, KEY, STATUSES, UNKNOWN
 
 EVIL = "<script>alert(1)</script>"
 
@@ -23,28 +22,23 @@ def few(cells: ad.AnnData, n: int = 40) -> ad.AnnData:
     return cells[:n].copy()
 
 
-def test_names_are_those_of_the_results():
-    annotate, embed = import_module("scmulan.tl._annotate"), import_module("scmulan.tl._embed")
-    assert (annotate.KEY, annotate.STATUSES, embed.KEY) == (KEY, STATUSES, EMBEDDING)
-
-
 def test_types_are_counted(page, annotated, card):
     head, *rows = page.tables["Predicted cell types"]
     assert head == ["Type", "Cells", "Share", "Mean probability", "To check", "Trained on", "Cell Ontology"]
     obs = annotated.obs
-    counts = obs[KEY].value_counts()
+    counts = obs[CELL_TYPE].value_counts()
     assert len(rows) == (counts > 0).sum() > 3
     assert [int(row[1]) for row in rows[:-1]] == sorted(counts[counts.index != UNKNOWN], reverse=True)
     for row in rows:
         name = row[0].split(" ", 1)[1]
-        own = obs[obs[KEY] == name]
+        own = obs[obs[CELL_TYPE] == name]
         assert row[1] == str(len(own))
-        assert row[4] == str(own[f"{KEY}_status"].isin(["uncertain", "conflict"]).sum())
+        assert row[4] == str(own[STATUS].isin(["uncertain", "conflict"]).sum())
         if name != UNKNOWN:
             assert row[2].endswith("%") and abs(float(row[2][:-1]) - 100 * len(own) / 700) <= 0.5
-            assert row[3] == f"{own[f'{KEY}_probability'].mean():.2f}"
+            assert row[3] == f"{own[PROBABILITY].mean():.2f}"
             assert row[5] == str(card["cell_types"][name])
-            assert row[6] == own[f"{KEY}_ontology_id"].iloc[0] != ""
+            assert row[6] == own[ONTOLOGY_ID].iloc[0] != ""
     assert rows[-1][0].endswith(UNKNOWN) and rows[-1][1] == "1"
 
 
@@ -55,7 +49,7 @@ def test_numbers_of_types_are_their_places(page):
 
 def test_many_types_are_folded(annotated, made):
     cells = few(annotated)
-    cells.obs[KEY] = pd.Categorical([f"type {min(i, 34)}" for i in range(40)])
+    cells.obs[CELL_TYPE] = pd.Categorical([f"type {min(i, 34)}" for i in range(40)])
     page = made(cells)
     first, more = page.tables["Predicted cell types"][1:], page.tables["More predicted cell types"][1:]
     assert (len(first), len(more)) == (30, 5)
@@ -79,14 +73,14 @@ def test_input_is_accounted_for(page, annotated):
 
 
 def test_status_is_counted(page, annotated):
-    counts = annotated.obs[f"{KEY}_status"].value_counts()
+    counts = annotated.obs[STATUS].value_counts()
     rows = {row[0]: row for row in page.tables["Cells by status"]}
     assert {status: int(rows[status][1]) for status in STATUSES} == counts.to_dict()
     assert "is 0.6 or more" in rows["confident"][3]
     named = page.tables["Cells to look at again"][1:]
-    doubtful = annotated.obs[annotated.obs[f"{KEY}_status"] != "confident"]
+    doubtful = annotated.obs[annotated.obs[STATUS] != "confident"]
     assert len(named) == min(50, len(doubtful))
-    lowest = doubtful[f"{KEY}_probability"].sort_values(kind="stable")
+    lowest = doubtful[PROBABILITY].sort_values(kind="stable")
     assert [row[0] for row in named] == list(lowest.index[: len(named)])
 
 
@@ -106,7 +100,7 @@ def test_generated_cells_are_compared(page, annotated, wanted_type):
     _, ours, real, others = page.tables["Agreement of generated and real cells"]
     assert ours[0] == "Generated cells"
     assert all(-1 <= float(row[2]) <= 1 and -1 <= float(row[3]) <= 1 for row in (ours, real, others))
-    n = int((annotated.obs[KEY] == wanted_type).sum())
+    n = int((annotated.obs[CELL_TYPE] == wanted_type).sum())
     assert f"30 generated cells beside the {n} cells of this file that the same model named {wanted_type}" in page.text
     settings = {row[0]: row[1] for row in page.tables["Settings of the generation"]}
     assert (settings["Cells"], settings["Seed"], settings["Most words"]) == ("30", "1", "120")
@@ -146,10 +140,10 @@ def test_page_needs_nothing_else(page):
 def test_text_from_files_stays_text(annotated, generated, made):
     cells = few(annotated)
     half = np.arange(40) % 2 == 0
-    cells.obs[KEY] = pd.Categorical(np.where(half, EVIL, "$\\frac{a}$\x01 & B"))
-    cells.obs[f"{KEY}_coarse"] = pd.Categorical([EVIL] * 40)
-    cells.obs[f"{KEY}_status"] = pd.Categorical(["conflict"] * 40)
-    cells.obs[f"{KEY}_ontology_id"] = '"><script>alert(1)</script>'
+    cells.obs[CELL_TYPE] = pd.Categorical(np.where(half, EVIL, "$\\frac{a}$\x01 & B"))
+    cells.obs[COARSE] = pd.Categorical([EVIL] * 40)
+    cells.obs[STATUS] = pd.Categorical(["conflict"] * 40)
+    cells.obs[ONTOLOGY_ID] = '"><script>alert(1)</script>'
     cells.obs_names = [f"{EVIL}{i}" for i in range(40)]
     raw = cells.raw.to_adata()
     evil_genes = [f"<img src=x onerror=alert({i})>" for i in range(3)]
@@ -176,7 +170,7 @@ def test_text_from_files_stays_text(annotated, generated, made):
 def test_few_cells_without_embedding_or_probability(annotated, made):
     cells = few(annotated)
     del cells.obsm[EMBEDDING]
-    cells.obs[f"{KEY}_probability"] = np.float32("nan")
+    cells.obs[PROBABILITY] = np.float32("nan")
     cells.uns["scmulan"]["parameters"]["annotate"]["rule"] = "release"
     page = made(cells)
     assert "There is no map" in page.text
@@ -188,7 +182,7 @@ def test_few_cells_without_embedding_or_probability(annotated, made):
 
 def test_release_rule_has_a_map_but_no_probabilities(annotated, made):
     cells = few(annotated)
-    cells.obs[f"{KEY}_probability"] = np.float32("nan")
+    cells.obs[PROBABILITY] = np.float32("nan")
     page = made(cells)
     assert sum(a.get("aria-label", "").startswith("PCA of") for tag, a in page.tags if tag == "svg") == 1
     assert "gives no probabilities" in page.text
@@ -220,7 +214,7 @@ def test_only_empty_cells(annotated, made):
 
 def test_cells_that_were_not_annotated(annotated, tmp_path):
     cells = few(annotated)
-    del cells.obs[KEY]
+    del cells.obs[CELL_TYPE]
     with pytest.raises(InputError, match=r"no column 'scmulan_cell_type' in obs.*scmulan annotate") as error:
         write_report(cells, tmp_path / "page.html")
     assert "\n" not in str(error.value)

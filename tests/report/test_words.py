@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scmulan.report.results import KEY, Results, read_results
+from scmulan._keys import CELL_TYPE, COARSE, ONTOLOGY_ID, PROBABILITY, STATUS
+from scmulan.report.results import Results, read_results
 from scmulan.report.text import lead, listed, map_text, methods_text, model_texts, notes, percent, where_doubtful
 
 INFO = {
@@ -28,11 +29,11 @@ INFO = {
 
 def results(status: list[str], labels: list[str] | None = None, **info) -> Results:
     obs = pd.DataFrame(index=[str(i) for i in range(len(status))])
-    obs[KEY] = labels or ["unknown" if s == "empty" else "B cell" for s in status]
-    obs[f"{KEY}_coarse"] = "lymphocyte"
-    obs[f"{KEY}_probability"] = 0.7
-    obs[f"{KEY}_status"] = status
-    obs[f"{KEY}_ontology_id"] = ""
+    obs[CELL_TYPE] = labels or ["unknown" if s == "empty" else "B cell" for s in status]
+    obs[COARSE] = "lymphocyte"
+    obs[PROBABILITY] = 0.7
+    obs[STATUS] = status
+    obs[ONTOLOGY_ID] = ""
     adata = ad.AnnData(np.zeros((len(status), 1), dtype=np.float32), obs=obs)
     adata.uns["scmulan"] = {**INFO, **info}
     return read_results(adata)

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 import scmulan
+from scmulan._keys import SMOOTHED, SMOOTHED_FRACTION
 from scmulan.cli.__main__ import main
 from scmulan.errors import InputError
-from scmulan.tl._smooth import AGREEMENT, KEY, smooth_types
+from scmulan.tl._smooth import smooth_types
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 
@@ -56,8 +57,8 @@ def test_it_is_the_vote_counted_by_hand(scattered, k, monkeypatch):
         monkeypatch.setattr(sys.modules["scmulan.tl._smooth"], "PAIRS", pairs)
         found = smooth_types(types, states, k)
         assert list(found.index) == list(types.index)
-        assert np.array_equal(found[KEY].astype(str), said)
-        np.testing.assert_allclose(found[AGREEMENT], shares, atol=1e-6)
+        assert np.array_equal(found[SMOOTHED].astype(str), said)
+        np.testing.assert_allclose(found[SMOOTHED_FRACTION], shares, atol=1e-6)
 
 
 def test_names_that_scatter_come_together(scattered):
@@ -65,22 +66,22 @@ def test_names_that_scatter_come_together(scattered):
     found = smooth_types(types, states)
     known = types != "unknown"
     assert (types == truth)[known].mean() < 0.85
-    assert (found[KEY].astype(str) == truth)[known].mean() > 0.98
-    assert set(found[KEY].cat.categories) == {"B cell", "T cell", "monocyte", "unknown"}
-    assert found[AGREEMENT].dtype == np.float32
-    assert (found[KEY][~known] == "unknown").all() and (found[AGREEMENT][~known] == 0).all()
+    assert (found[SMOOTHED].astype(str) == truth)[known].mean() > 0.98
+    assert set(found[SMOOTHED].cat.categories) == {"B cell", "T cell", "monocyte", "unknown"}
+    assert found[SMOOTHED_FRACTION].dtype == np.float32
+    assert (found[SMOOTHED][~known] == "unknown").all() and (found[SMOOTHED_FRACTION][~known] == 0).all()
 
 
 def test_cells_without_any_word_alone_keep_their_names():
     found = smooth_types(pd.Series(["unknown"] * 3), np.zeros((3, 4), dtype=np.float32))
-    assert (found[KEY] == "unknown").all() and (found[AGREEMENT] == 0).all()
+    assert (found[SMOOTHED] == "unknown").all() and (found[SMOOTHED_FRACTION] == 0).all()
 
 
 def test_a_cell_is_its_own_nearest_neighbour_among_equals():
     """Cells that read alike to the last bit, each of another name."""
     types = pd.Series([f"type {i}" for i in range(20)])
     found = smooth_types(types, np.ones((20, 4), dtype=np.float32), 1)
-    assert (found[KEY].astype(str) == types).all() and (found[AGREEMENT] == 1).all()
+    assert (found[SMOOTHED].astype(str) == types).all() and (found[SMOOTHED_FRACTION] == 1).all()
 
 
 def test_a_verb_on_anndata(scattered):
@@ -89,7 +90,7 @@ def test_a_verb_on_anndata(scattered):
     adata.uns["scmulan"] = {"weights_hash": "x", "parameters": {"annotate": {"rule": "default"}}}
     scmulan.tl.smooth(adata, neighbours=9)
     expected = smooth_types(types, states, 9)
-    assert (adata.obs[KEY].astype(str) == expected[KEY].astype(str)).all()
+    assert (adata.obs[SMOOTHED].astype(str) == expected[SMOOTHED].astype(str)).all()
     assert (adata.obs["scmulan_cell_type"] == types).all()
     told = adata.uns["scmulan"]
     assert told["weights_hash"] == "x" and told["parameters"]["annotate"] == {"rule": "default"}
@@ -107,7 +108,7 @@ def test_what_is_missing_is_named(scattered):
     adata.obsm["X_scmulan"] = states
     with pytest.raises(InputError, match="0 neighbours: expected at least 1"):
         scmulan.tl.smooth(adata, neighbours=0)
-    assert KEY not in adata.obs
+    assert SMOOTHED not in adata.obs
 
 
 @pytest.mark.parametrize("embed", [[], ["--embed"]])
@@ -120,7 +121,7 @@ def test_from_file_to_file(random_model, tmp_path, capsys, embed):
     given = ["--model", str(random_model.folder), "--precision", "fp32", "--table", str(tmp_path / "t.csv"), "--json"]
     assert main(["annotate", str(tmp_path / "a.h5ad"), "-o", str(tmp_path / "b.h5ad"), "--smooth", *embed, *given]) == 0
     account = json.loads(capsys.readouterr().out)
-    assert account["obs"][-2:] == [KEY, AGREEMENT] and account["obsm"] == (["X_scmulan"] if embed else [])
+    assert account["obs"][-2:] == [SMOOTHED, SMOOTHED_FRACTION] and account["obsm"] == (["X_scmulan"] if embed else [])
     made, table = ad.read_h5ad(tmp_path / "b.h5ad"), pd.read_csv(tmp_path / "t.csv", index_col="cell")
     assert list(made.obsm) == account["obsm"]
     assert set(made.uns["scmulan"]["parameters"]) == {"annotate", "smooth"} | ({"embed"} if embed else set())
@@ -128,5 +129,5 @@ def test_from_file_to_file(random_model, tmp_path, capsys, embed):
     scmulan.tl.embed(cells, random_model, precision="fp32")
     scmulan.tl.smooth(cells)
     for found in (made.obs, table):
-        assert (found[KEY].astype(str).to_numpy() == cells.obs[KEY].astype(str).to_numpy()).all()
-        np.testing.assert_allclose(found[AGREEMENT], cells.obs[AGREEMENT], atol=1e-6)
+        assert (found[SMOOTHED].astype(str).to_numpy() == cells.obs[SMOOTHED].astype(str).to_numpy()).all()
+        np.testing.assert_allclose(found[SMOOTHED_FRACTION], cells.obs[SMOOTHED_FRACTION], atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from scmulan import _keys
 from scmulan._text import grid, shorten
 from scmulan.errors import InputError
 from scmulan.evaluate.baselines import LogisticBaseline, LogisticConfig, TrainingFile, Tuning, read_training_file, tune
@@ -27,9 +28,8 @@ from scmulan.evaluate.cells import (
 from scmulan.evaluate.labels import LINEAGES, OTHER, LabelMap, canonical, read_column, read_label_map
 from scmulan.evaluate.scores import Calibration, Scores, agreement, answerable, calibrate, outcomes, resolve, score
 from scmulan.model.loading import LoadedModel
-from scmulan.tl._annotate import KEY, annotate_cells
-from scmulan.tl._smooth import AGREEMENT, smooth_types
-from scmulan.tl._smooth import KEY as SMOOTHED_KEY
+from scmulan.tl._annotate import annotate_cells
+from scmulan.tl._smooth import smooth_types
 from scmulan.vocab.vocabulary import Family
 
 MODEL, SMOOTHED, BASELINE, POOLED = "scmulan", "scmulan, smoothed", "logistic regression", "all files"
@@ -358,10 +358,10 @@ def _name_cells(
         genes=str(found.uns["summary"]).splitlines()[0],
         trained_on=trained_on(model, path),
     )
-    said = {MODEL: (_types(found.obs[KEY])[rows], found.obs[f"{KEY}_probability"].to_numpy()[rows])}
+    said = {MODEL: (_types(found.obs[_keys.CELL_TYPE])[rows], found.obs[_keys.PROBABILITY].to_numpy()[rows])}
     if found.hidden is not None:
-        voted = smooth_types(found.obs[KEY], found.hidden.load())
-        said[SMOOTHED] = _types(voted[SMOOTHED_KEY])[rows], voted[AGREEMENT].to_numpy()[rows]
+        voted = smooth_types(found.obs[_keys.CELL_TYPE], found.hidden.load())
+        said[SMOOTHED] = _types(voted[_keys.SMOOTHED])[rows], voted[_keys.SMOOTHED_FRACTION].to_numpy()[rows]
     return account, _FileCells(rows, raw[rows], truth[rows], said)
 
 

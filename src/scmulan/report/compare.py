@@ -7,10 +7,11 @@ import numpy as np
 from anndata import AnnData
 from scipy.spatial import cKDTree
 
+from scmulan._keys import UNKNOWN
 from scmulan.errors import InputError
 from scmulan.report.layout import FEW, Plane, lay_out, principal_components, sample
 from scmulan.report.markers import read_log1p
-from scmulan.report.results import UNKNOWN, Results
+from scmulan.report.results import Results
 from scmulan.vocab.binning import LEVELS, tokenize
 from scmulan.vocab.genes import match_genes
 from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix

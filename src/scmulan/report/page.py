@@ -18,10 +18,11 @@ from anndata import AnnData
 
 import scmulan
 from scmulan._io.adata import atomic_path, check_output, open_input
+from scmulan._keys import CELL_TYPE
 from scmulan.errors import OutputError, ScmulanError
 from scmulan.model.folder import read_card, resolve_model
 from scmulan.report import text
-from scmulan.report.results import KEY, OTHER, REAL, WRITTEN, Results, find_card, read_info, read_results
+from scmulan.report.results import OTHER, REAL, WRITTEN, Results, find_card, read_info, read_results
 from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
 
 MOST_DRAWN = 20_000
@@ -117,7 +118,7 @@ def render(
         "card": card,
         "trained": bool(card and card.get("cell_types")),
         "model_texts": text.model_texts(card) if card else [],
-        "key": KEY,
+        "key": CELL_TYPE,
         "row_of": {row.name: row for row in results.types},
         "real": REAL,
         "written": WRITTEN,

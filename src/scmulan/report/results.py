@@ -13,14 +13,9 @@ import pandas as pd
 from anndata import AnnData
 
 from scmulan._io.adata import to_json
+from scmulan._keys import CELL_TYPE, COARSE, EMBEDDING, ONTOLOGY_ID, PROBABILITY, STATUS, STATUSES, UNKNOWN, UNS
 from scmulan.errors import InputError
 from scmulan.model.folder import packaged_models, read_card, read_hashes
-
-# As scmulan.tl writes them; a test compares. Importing them from there would load torch.
-KEY = "scmulan_cell_type"
-EMBEDDING = "X_scmulan"
-UNKNOWN = "unknown"
-STATUSES = ("confident", "uncertain", "conflict", "empty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +57,7 @@ class Results:
     probability: np.ndarray
     """Probability of the type, float64; NaN where none was given."""
     status: np.ndarray
-    """One of ``STATUSES`` for each cell, str."""
+    """One of :data:`scmulan._keys.STATUSES` for each cell, str."""
     types: list[CellType]
     """Predicted types, the most frequent first, ``unknown`` last."""
     embedding: np.ndarray | None
@@ -110,7 +105,7 @@ def read_results(adata: AnnData, card: Mapping[str, Any] | None = None) -> Resul
     InputError
         If the cells were not annotated.
     """
-    needed = [KEY, f"{KEY}_coarse", f"{KEY}_probability", f"{KEY}_status", f"{KEY}_ontology_id"]
+    needed = [CELL_TYPE, COARSE, PROBABILITY, STATUS, ONTOLOGY_ID]
     missing = [column for column in needed if column not in adata.obs]
     if missing:
         raise InputError(
@@ -177,7 +172,7 @@ def find_card(weights_hash: str) -> dict[str, Any] | None:
 
 def read_info(adata: AnnData) -> dict[str, Any]:
     """``uns['scmulan']`` as JSON types, whatever storage made of them; empty where the file has lost it."""
-    return json.loads(to_json(adata.uns.get("scmulan", {})))
+    return json.loads(to_json(adata.uns.get(UNS, {})))
 
 
 def _text(values: pd.Series, missing: str) -> np.ndarray:

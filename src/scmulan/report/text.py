@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from scmulan._keys import UNKNOWN
 from scmulan.report.compare import Comparison
 from scmulan.report.layout import MIN_DIST, NEIGHBOURS, SEED
 from scmulan.report.markers import CELLS_PER_TYPE
-from scmulan.report.results import UNKNOWN, Results
+from scmulan.report.results import Results
 
 LITTLE_COVERAGE = 0.5
 FEW_WORDS = 100

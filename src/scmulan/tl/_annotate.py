@@ -8,6 +8,19 @@ import numpy as np
 import pandas as pd
 
 from scmulan._io.adata import BlockArray
+from scmulan._keys import (
+    CELL_TYPE,
+    COARSE,
+    CONFIDENT,
+    CONFLICT,
+    EMPTY,
+    ONTOLOGY_ID,
+    PROBABILITY,
+    STATUS,
+    STATUSES,
+    UNCERTAIN,
+    UNKNOWN,
+)
 from scmulan.errors import ModelError
 from scmulan.infer import release_rule
 from scmulan.infer.precision import Precision
@@ -18,10 +31,6 @@ from scmulan.vocab.binning import GeneTokens
 from scmulan.vocab.ontology import Ontology
 from scmulan.vocab.sentences import Sentences
 from scmulan.vocab.vocabulary import Family
-
-KEY = "scmulan_cell_type"
-STATUSES = ("confident", "uncertain", "conflict", "empty")
-CONFIDENT, UNCERTAIN, CONFLICT, EMPTY = range(4)
 
 
 @dataclass(frozen=True)
@@ -167,8 +176,8 @@ class _Namer:
 
     def __init__(self, model: LoadedModel, threshold: float) -> None:
         ontology = Ontology.load()
-        self.fine = np.array([*model.vocabulary.names(Family.FINE), "unknown"], dtype=object)
-        self.coarse = np.array([*model.vocabulary.names(Family.COARSE), "unknown"], dtype=object)
+        self.fine = np.array([*model.vocabulary.names(Family.FINE), UNKNOWN], dtype=object)
+        self.coarse = np.array([*model.vocabulary.names(Family.COARSE), UNKNOWN], dtype=object)
         self.ids = np.array([ontology.find(n) or "" for n in self.fine[:-1]] + [""], dtype=object)
         self.threshold = threshold
         # How much of the probability speaks for a label: its own and that of finer types.
@@ -206,11 +215,11 @@ class _Namer:
         fine, coarse = _categories(found["fine"], self.fine), _categories(found["coarse"], self.coarse)
         return pd.DataFrame(
             {
-                KEY: fine,
-                f"{KEY}_coarse": coarse,
-                f"{KEY}_probability": found["probability"].astype(np.float32),
-                f"{KEY}_status": pd.Categorical.from_codes(found["status"], categories=list(STATUSES)),
-                f"{KEY}_ontology_id": self.ids[found["fine"]],
+                CELL_TYPE: fine,
+                COARSE: coarse,
+                PROBABILITY: found["probability"].astype(np.float32),
+                STATUS: pd.Categorical.from_codes(found["status"], categories=list(STATUSES)),
+                ONTOLOGY_ID: self.ids[found["fine"]],
             },
             index=cells.copy(),
         )

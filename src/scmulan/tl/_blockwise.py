@@ -24,6 +24,7 @@ import numpy as np
 import scmulan
 from scmulan._dist import Ranks, ranks
 from scmulan._io.adata import BlockArray
+from scmulan._keys import UNS
 from scmulan.errors import OutputError
 from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision, apply_precision, choose_precision
@@ -124,12 +125,12 @@ def provenance(model: LoadedModel, verb: str, parameters: dict[str, Any], accoun
 
 def merge_uns(adata: ad.AnnData, new: dict[str, Any]) -> None:
     """Put results into ``uns['scmulan']``, keeping the parameters of verbs that ran before with the same weights."""
-    old = adata.uns.get("scmulan", {})
+    old = adata.uns.get(UNS, {})
     same = old.get("weights_hash") == new["weights_hash"]
     before = dict(old.get("parameters", {})) if same else {}
     if old and not same:
         warnings.warn("uns['scmulan'] held results of another model; they are replaced", UserWarning, stacklevel=3)
-    adata.uns["scmulan"] = {**new, "parameters": {**before, **new["parameters"]}}
+    adata.uns[UNS] = {**new, "parameters": {**before, **new["parameters"]}}
 
 
 # Where a job's parts lie: a hidden folder beside its output.

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 
+from scmulan._keys import EMBEDDING
 from scmulan.infer import release_rule
 from scmulan.infer.precision import Precision
 from scmulan.infer.scoring import Progress, TokenBudget, last_hidden
@@ -13,8 +14,6 @@ from scmulan.model.loading import LoadedModel
 from scmulan.tl._blockwise import BlockStore, CellReader, merge_uns, provenance, run_blocks, without_empty
 from scmulan.vocab.binning import GeneTokens
 from scmulan.vocab.sentences import Sentences
-
-KEY = "X_scmulan"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def embed(
     result = embed_cells(
         adata, model, layer=layer, matrix_kind=matrix_kind, rule=rule, min_genes=min_genes, precision=precision
     )
-    adata.obsm[KEY] = result.values
+    adata.obsm[EMBEDDING] = result.values
     merge_uns(adata, result.uns)
 
 

@@ -14,17 +14,15 @@ import pandas as pd
 import scmulan
 from scmulan._dist import Ranks, ranks
 from scmulan._io.adata import check_output, copy_with_results, open_input, write_h5ad, write_table
+from scmulan._keys import CELL_TYPE, EMBEDDING, PERTURBED, SHIFT, STATUS, STATUSES, UNS
 from scmulan.errors import OutputError
 from scmulan.infer.precision import Precision
 from scmulan.infer.scoring import Progress
 from scmulan.model.loading import LoadedModel, load
-from scmulan.tl._annotate import KEY as TYPE
-from scmulan.tl._annotate import STATUSES, annotate_cells
+from scmulan.tl._annotate import annotate_cells
 from scmulan.tl._blockwise import BlockStore, Rule, block_cells, merge_uns, parts_of
-from scmulan.tl._embed import KEY as EMBEDDING
 from scmulan.tl._embed import embed_cells
 from scmulan.tl._generate import generate
-from scmulan.tl._perturb import KEY as PERTURBED
 from scmulan.tl._perturb import perturb_cells
 from scmulan.tl._smooth import NEIGHBOURS, smooth_types
 from scmulan.vocab.genes import choose_names
@@ -134,12 +132,12 @@ def annotate_file(
         if embed:
             used["embed"] = {k: v for k, v in used["annotate"].items() if k != "threshold"}
         if smooth and result.hidden is not None and here.rank == 0:
-            obs = obs.join(smooth_types(obs[TYPE], result.hidden.load()))
+            obs = obs.join(smooth_types(obs[CELL_TYPE], result.hidden.load()))
             used["smooth"] = {"neighbours": NEIGHBOURS, "use_rep": EMBEDDING}
         merge_uns(adata, result.uns)
         obsm = {EMBEDDING: result.hidden} if embed else {}
         if here.rank == 0:
-            copy_with_results(source, out, obs=obs, obsm=obsm, uns={"scmulan": adata.uns["scmulan"]})
+            copy_with_results(source, out, obs=obs, obsm=obsm, uns={UNS: adata.uns[UNS]})
             if table is not None:
                 write_table(obs.rename_axis("cell"), table)
             parts.remove()
@@ -147,8 +145,8 @@ def annotate_file(
     return {
         **_account(source, out, loaded, result.uns, clock, here),
         "table": None if table is None else str(table),
-        "cell_types": _counts(result.obs[TYPE]),
-        "status": {name: int((result.obs[f"{TYPE}_status"] == name).sum()) for name in STATUSES},
+        "cell_types": _counts(result.obs[CELL_TYPE]),
+        "status": {name: int((result.obs[STATUS] == name).sum()) for name in STATUSES},
         "obs": list(obs.columns),
         "obsm": list(obsm),
     }
@@ -182,7 +180,7 @@ def embed_file(
             result = embed_cells(adata, loaded, parts=parts, progress=done, **asked)
         merge_uns(adata, result.uns)
         if here.rank == 0:
-            copy_with_results(source, out, obsm={EMBEDDING: result.values}, uns={"scmulan": adata.uns["scmulan"]})
+            copy_with_results(source, out, obsm={EMBEDDING: result.values}, uns={UNS: adata.uns[UNS]})
             parts.remove()
         here.gather(None)
     account = _account(source, out, loaded, result.uns, clock, here)
@@ -224,7 +222,7 @@ def perturb_file(
             result = perturb_cells(adata, loaded, genes, parts=parts, progress=done, **reading.options())
         merge_uns(adata, result.uns)
         if here.rank == 0:
-            copy_with_results(source, out, obs=result.obs, uns={"scmulan": adata.uns["scmulan"]})
+            copy_with_results(source, out, obs=result.obs, uns={UNS: adata.uns[UNS]})
             parts.remove()
         here.gather(None)
     changed = result.obs[PERTURBED]
@@ -232,7 +230,7 @@ def perturb_file(
         **_account(source, out, loaded, result.uns, clock, here),
         "changed": int(changed.sum()),
         "other_type": int(result.other_type.sum()),
-        "mean_shift": round(float(result.obs.loc[changed, f"{PERTURBED}_shift"].mean()), 4) if changed.any() else 0.0,
+        "mean_shift": round(float(result.obs.loc[changed, SHIFT].mean()), 4) if changed.any() else 0.0,
         "obs": list(result.obs.columns),
     }
 
@@ -280,7 +278,7 @@ def generate_file(
             write_h5ad(cells, out)
         here.gather(None)
     words = cells.obs["words"].to_numpy()
-    told = cells.uns["scmulan"]
+    told = cells.uns[UNS]
     return {
         "output": str(out),
         "cells": cells.n_obs,

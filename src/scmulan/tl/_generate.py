@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 import scmulan
 from scmulan._dist import ranks
+from scmulan._keys import UNS
 from scmulan.errors import ScmulanError
 from scmulan.generate.blocks import generate_in_blocks
 from scmulan.generate.decoding import CPU_ROWS, DecodingConfig, decode_cells
@@ -153,7 +154,7 @@ def generate(
         "precision": model.network.precision,
         "panel": "all genes" if allowed is None else f"{int(allowed.sum())} genes",
     }
-    out.uns["scmulan"] = {
+    out.uns[UNS] = {
         "version": scmulan.__version__,
         "model": str(model.card.get("name", model.folder.name)),
         "weights_hash": model.weights_hash,

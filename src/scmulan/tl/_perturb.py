@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scmulan._keys import PERTURBED, PERTURBED_CELL_TYPE, PERTURBED_PROBABILITY, PROBABILITY_BEFORE, SHIFT, UNKNOWN
 from scmulan.errors import InputError, ModelError
 from scmulan.infer.precision import Precision
 from scmulan.infer.scoring import Progress, TokenBudget, score_labels
@@ -20,8 +21,6 @@ from scmulan.vocab.gene_table import GeneTable
 from scmulan.vocab.sentences import Sentences, gene_prompts
 from scmulan.vocab.tasks import ANNOTATE
 from scmulan.vocab.vocabulary import Family
-
-KEY = "scmulan_perturbed"
 
 
 @dataclass(frozen=True)
@@ -144,15 +143,15 @@ def perturb_cells(
     )
     found = done.columns("changed", "before", "after", "had", "fine", "shift", "words", "covered")
     empty = found["words"] == 0
-    types = np.where(empty & ~found["changed"], "unknown", np.array(fine, dtype=object)[found["fine"]])
-    present = [name for name in (*fine, "unknown") if name in set(types)]
+    types = np.where(empty & ~found["changed"], UNKNOWN, np.array(fine, dtype=object)[found["fine"]])
+    present = [name for name in (*fine, UNKNOWN) if name in set(types)]
     obs = pd.DataFrame(
         {
-            KEY: found["changed"],
-            f"{KEY}_cell_type": pd.Categorical(types, categories=present),
-            f"{KEY}_probability": np.where(empty, 0, found["after"]).astype(np.float32),
-            f"{KEY}_probability_before": np.where(empty, 0, found["before"]).astype(np.float32),
-            f"{KEY}_shift": found["shift"].clip(0, 2).astype(np.float32),
+            PERTURBED: found["changed"],
+            PERTURBED_CELL_TYPE: pd.Categorical(types, categories=present),
+            PERTURBED_PROBABILITY: np.where(empty, 0, found["after"]).astype(np.float32),
+            PROBABILITY_BEFORE: np.where(empty, 0, found["before"]).astype(np.float32),
+            SHIFT: found["shift"].clip(0, 2).astype(np.float32),
         },
         index=adata.obs_names,
     )

@@ -7,12 +7,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from scmulan._keys import CELL_TYPE, EMBEDDING, SMOOTHED, SMOOTHED_FRACTION, UNS
 from scmulan.errors import InputError
-from scmulan.tl._annotate import KEY as TYPE
-from scmulan.tl._embed import KEY as EMBEDDING
 
-KEY = f"{TYPE}_smoothed"
-AGREEMENT = f"{KEY}_share"
 NEIGHBOURS = 15
 # Similarities of so many pairs of cells are held at a time: 128 MiB.
 PAIRS = 2**25
@@ -47,15 +44,15 @@ def smooth(adata: ad.AnnData, *, neighbours: int = NEIGHBOURS, use_rep: str = EM
     InputError
         If types or embedding are missing, or ``neighbours`` is less than 1.
     """
-    for where, key, verb in ((adata.obs, TYPE, "annotate"), (adata.obsm, use_rep, "embed")):
+    for where, key, verb in ((adata.obs, CELL_TYPE, "annotate"), (adata.obsm, use_rep, "embed")):
         if key not in where:
             raise InputError(f"{key!r} is missing: run scmulan.tl.{verb} before scmulan.tl.smooth")
-    found = smooth_types(adata.obs[TYPE], np.asarray(adata.obsm[use_rep]), neighbours)
+    found = smooth_types(adata.obs[CELL_TYPE], np.asarray(adata.obsm[use_rep]), neighbours)
     for column in found:
         adata.obs[column] = found[column]
-    told = dict(adata.uns.get("scmulan", {}))
+    told = dict(adata.uns.get(UNS, {}))
     told["parameters"] = {**told.get("parameters", {}), "smooth": {"neighbours": neighbours, "use_rep": use_rep}}
-    adata.uns["scmulan"] = told
+    adata.uns[UNS] = told
 
 
 def smooth_types(types: pd.Series, states: np.ndarray, neighbours: int = NEIGHBOURS) -> pd.DataFrame:
@@ -94,8 +91,8 @@ def smooth_types(types: pd.Series, states: np.ndarray, neighbours: int = NEIGHBO
         share[block] = votes.gather(1, said[block, None])[:, 0] / k
     return pd.DataFrame(
         {
-            KEY: pd.Categorical.from_codes(said.numpy(), categories=given.categories).remove_unused_categories(),
-            AGREEMENT: share.numpy(),
+            SMOOTHED: pd.Categorical.from_codes(said.numpy(), categories=given.categories).remove_unused_categories(),
+            SMOOTHED_FRACTION: share.numpy(),
         },
         index=types.index,
     )
