@@ -1,8 +1,8 @@
-"""One process or many: PyTorch's own engine (torchrun, DDP, ``fully_shard``) behind a few questions that the loop asks.
+"""The processes of a torchrun job, as one of them sees them.
 
-A process that torchrun did not start is alone: no process group is made, and every answer is its own.
-
-Several processes under ``torchrun``: each takes its share of a job, results come back in the input's order.
+A process joins by :func:`training_ranks` (gloo on the CPU and nccl on GPUs, a timeout, a second group for checkpoints)
+or by :func:`inference_ranks` (gloo only: cells are read independently, only results meet). A process that torchrun
+did not start is alone: no process group is made, and every collective returns what it was given.
 """
 
 import os
@@ -20,6 +20,9 @@ from scmulan.errors import ScmulanError
 
 T = TypeVar("T")
 
+CHECKPOINT_TIMEOUT = timedelta(hours=1)
+"""Longest wait for another process that writes its part of a checkpoint."""
+
 
 class RankError(ScmulanError):
     """Another process of the job is gone."""
@@ -27,16 +30,16 @@ class RankError(ScmulanError):
 
 @dataclass(kw_only=True)
 class Ranks:
-    """The processes of a job, as seen by one of them.
+    """The processes of a job, as one of them sees them. Every collective has to be called by all of them.
 
     Parameters
     ----------
     rank, world
-        Number of this process, and how many there are.
+        Number of this process, and number of processes.
     device
         Where this process computes.
     group, io_group
-        Process groups on the CPU: for the loop's small questions, and for checkpoints written meanwhile; None if alone.
+        Process groups on the CPU: for collectives, and for checkpoints written meanwhile; None if alone.
     """
 
     rank: int = 0
@@ -47,15 +50,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
-    def total(self, *numbers: float) -> list[float]:
-        """Sums over all processes."""
+    def owns(self, number: int) -> bool:
+        """Whether the piece of work of this number is this process's."""
+        return number % self.world == self.rank
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Sum each number over all processes."""
         return self._reduce(numbers, dist.ReduceOp.SUM)
 
-    def most(self, *numbers: float) -> list[float]:
-        """Maxima over all processes."""
+    def max(self, *numbers: float) -> list[float]:
+        """Take the maximum of each number over all processes."""
         return self._reduce(numbers, dist.ReduceOp.MAX)
 
     def _reduce(self, numbers: tuple[float, ...], operation: Any) -> list[float]:
@@ -65,48 +72,44 @@ class Ranks:
         dist.all_reduce(tensor, operation, group=self.group)
         return tensor.tolist()
 
-    def owns(self, number: int) -> bool:
-        """Whether the piece of work of this number is this process's."""
-        return number % self.world == self.rank
-
-    def gather(self, content: Any) -> list[Any]:
-        """Gather what each process gives, in the order of the ranks, in all of them. Waits until all are here."""
-        if self.world == 1:
-            return [content]
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, content, group=self.group)
-        return gathered
-
-    def same(self, thing: Any) -> Any:
-        """What the first process has, in all of them."""
-        if self.world == 1:
-            return thing
-        box = [thing]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Let the first process do something for all; its result, or its error, is that of all of them."""
-        found: Any = None
-        if self.first:
-            try:
-                found = True, work()
-            except ScmulanError as error:
-                found = False, error
-        good, thing = self.same(found)
-        if not good:
-            raise thing
-        return thing
-
     def sum_array(self, array: torch.Tensor) -> torch.Tensor:
         """Sum an array on the CPU over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(array, group=self.group)
         return array
 
+    def gather(self, content: Any) -> list[Any]:
+        """Gather an object of each process, in the order of the ranks, in all of them."""
+        if self.world == 1:
+            return [content]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, content, group=self.group)
+        return gathered
+
+    def broadcast(self, content: Any) -> Any:
+        """Return the first process' object in all of them."""
+        if self.world == 1:
+            return content
+        box = [content]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        """Run something in the first process only; its result, or its error, is that of all of them."""
+        outcome: Any = None
+        if self.first:
+            try:
+                outcome = True, work()
+            except ScmulanError as error:
+                outcome = False, error
+        succeeded, result = self.broadcast(outcome)
+        if not succeeded:
+            raise result
+        return result
+
 
 @contextmanager
-def process_group(timeout: float) -> Iterator[Ranks]:
+def training_ranks(timeout: float) -> Iterator[Ranks]:
     """Join the job that torchrun started, if it did, and leave it at the end.
 
     Parameters
@@ -114,10 +117,15 @@ def process_group(timeout: float) -> Iterator[Ranks]:
     timeout
         Seconds after which a process that waits for another one in vain gives up.
 
+    Yields
+    ------
+    Ranks
+        With this process' GPU as device, where there is one.
+
     Raises
     ------
     RankError
-        Where another process died or fell silent, in one line.
+        If another process died or fell silent, in one line.
     """
     cuda = torch.cuda.is_available()
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
@@ -135,10 +143,10 @@ def process_group(timeout: float) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
         # Checkpoints are written beside the loop: their messages must not mix with its own.
-        groups = [dist.new_group(backend="gloo", timeout=t) for t in (wait, timedelta(hours=1))]
+        groups = [dist.new_group(backend="gloo", timeout=t) for t in (wait, CHECKPOINT_TIMEOUT)]
         yield Ranks(rank=rank, world=dist.get_world_size(), device=device, group=groups[0], io_group=groups[1])
     except RuntimeError as error:  # what gloo and nccl raise; ScmulanError is a ValueError
-        if not _of_a_connection(error):
+        if not _is_lost_connection(error):
             raise
         reason = str(error).strip().splitlines()[0][:200]
         raise RankError(
@@ -150,7 +158,7 @@ def process_group(timeout: float) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _of_a_connection(error: RuntimeError) -> bool:
+def _is_lost_connection(error: RuntimeError) -> bool:
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     text = str(error).lower()
     return isinstance(error, kinds) or any(
@@ -159,8 +167,14 @@ def _of_a_connection(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """Find the place of this process under ``torchrun``; alone where there is no other."""
+def inference_ranks() -> Iterator[Ranks]:
+    """Join the job that torchrun started, if it did, to divide independent work.
+
+    Yields
+    ------
+    Ranks
+        A group that exists already is used, and kept.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield Ranks()
         return

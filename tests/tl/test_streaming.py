@@ -169,11 +169,11 @@ RANK = """
 import sys
 import scmulan
 from scmulan.model.loading import load
-from scmulan._dist import ranks
+from scmulan._dist import inference_ranks
 from scmulan.tl import _blockwise, _files
 import anndata as ad
 _blockwise.block_cells = _files.block_cells = lambda model: 8
-with ranks() as here:
+with inference_ranks() as here:
     account = _files.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
     assert (account["rank"], account["processes"]) == (here.rank, 2) and account["cells"] == 60
     adata = ad.read_h5ad(sys.argv[1])

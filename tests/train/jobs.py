@@ -22,10 +22,10 @@ def run_job(world, work, tmp_path, timeout=30.0):
     def one(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        from scmulan._dist import process_group
+        from scmulan._dist import training_ranks
 
         try:
-            with process_group(timeout) as ranks:
+            with training_ranks(timeout) as ranks:
                 result = work(ranks)
         except BaseException as error:  # noqa: BLE001 (all of it is the test's business)
             result = error

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmulan._dist import RankError, Ranks, process_group
+from scmulan._dist import RankError, Ranks, training_ranks
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.checkpoint import RunFolder
@@ -143,7 +143,7 @@ def test_what_the_first_process_is_refused_all_are(tmp_path):
         def refuse():
             raise OutputError(f"only {ranks.rank} tried")
 
-        return ranks.together(refuse)
+        return ranks.run_on_first(refuse)
 
     assert [str(error) for error in jobs.run_job(2, work, tmp_path)] == ["only 0 tried"] * 2
 
@@ -175,9 +175,9 @@ def launched(work, restarts, tmp_path):
 def test_torchrun_ends_a_job_with_its_reason_or_continues_it(vocabulary, store, tmp_path, restarts):
     def work():
         torch.set_num_threads(1)
-        with process_group(10) as ranks:
+        with training_ranks(10) as ranks:
             trainer = make(vocabulary, store, tmp_path / "run", ranks)
-            ranks.together(lambda: trainer.folder.claim({}))  # the lock of the process that died is in nobody's way
+            ranks.run_on_first(lambda: trainer.folder.claim({}))  # the lock of the process that died is in nobody's way
             resumed = trainer.resume()
 
             def die(_):

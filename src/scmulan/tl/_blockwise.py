@@ -22,7 +22,7 @@ import anndata as ad
 import numpy as np
 
 import scmulan
-from scmulan._dist import Ranks, ranks
+from scmulan._dist import Ranks, inference_ranks
 from scmulan._io.adata import BlockArray
 from scmulan._keys import UNS
 from scmulan.errors import OutputError
@@ -329,7 +329,7 @@ def run_blocks(
         With the arrays that ``work`` gives, and ``words`` and ``covered`` of each cell.
     """
     parts = parts or BlockStore()
-    with ranks() as here:
+    with inference_ranks() as here:
         return _run(reader, model, work, rule, precision, batch_tokens, parts, here, progress)
 
 

@@ -12,7 +12,7 @@ import anndata as ad
 import pandas as pd
 
 import scmulan
-from scmulan._dist import Ranks, ranks
+from scmulan._dist import Ranks, inference_ranks
 from scmulan._io.adata import check_output, copy_with_results, open_input, write_h5ad, write_table
 from scmulan._keys import CELL_TYPE, EMBEDDING, PERTURBED, SHIFT, STATUS, STATUSES, UNS
 from scmulan.errors import OutputError
@@ -122,7 +122,7 @@ def annotate_file(
     reading = reading or ReadOptions()
     outputs = {out: CELLS} if table is None else {out: CELLS, table: TABLES}
     check_outputs(source, outputs, force)
-    with ranks() as here, _cells(source) as adata:
+    with inference_ranks() as here, _cells(source) as adata:
         loaded = load(model, device=reading.device)
         asked = {"rule": rule, "threshold": threshold, **reading.options()}
         parts = _parts(source, out, adata.n_obs, loaded, "annotate", embed=embed or smooth, **asked)
@@ -172,7 +172,7 @@ def embed_file(
     """
     reading = reading or ReadOptions()
     check_outputs(source, {out: CELLS}, force)
-    with ranks() as here, _cells(source) as adata:
+    with inference_ranks() as here, _cells(source) as adata:
         loaded = load(model, device=reading.device)
         asked = {"rule": rule, **reading.options()}
         parts = _parts(source, out, adata.n_obs, loaded, "embed", **asked)
@@ -215,7 +215,7 @@ def perturb_file(
     """
     reading = reading or ReadOptions()
     check_outputs(source, {out: CELLS}, force)
-    with ranks() as here, _cells(source) as adata:
+    with inference_ranks() as here, _cells(source) as adata:
         loaded = load(model, device=reading.device)
         parts = _parts(source, out, adata.n_obs, loaded, "perturb", levels=dict(genes), **reading.options())
         with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
@@ -271,7 +271,7 @@ def generate_file(
     check_outputs(genes_from, {out: CELLS}, force)
     loaded = load(model, device=device)
     genes = None if genes_from is None else gene_names(genes_from, loaded)
-    with ranks() as here:
+    with inference_ranks() as here:
         with progress(-(-n // here.world)) as done, _Clock() as clock:
             cells = generate(loaded, metadata, n=n, genes=genes, progress=done, **options)
         if here.rank == 0:

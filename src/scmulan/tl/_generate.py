@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 import scmulan
-from scmulan._dist import ranks
+from scmulan._dist import inference_ranks
 from scmulan._keys import UNS
 from scmulan.errors import ScmulanError
 from scmulan.generate.blocks import generate_in_blocks
@@ -127,7 +127,7 @@ def generate(
     else:
         config = DecodingConfig(rule=_rule(model, rule), draft=draft, batch=batch, **how)
         write = partial(decode_cells, config=config, **shared)
-    with ranks() as here:
+    with inference_ranks() as here:
         mine = write(model, prompt, share=slice(here.rank, None, here.world))
         given = here.gather([(*mine[i], int(mine.prompt[i])) for i in range(len(mine))])
     sentences = Sentences.join([given[i % here.world][i // here.world] for i in range(n)])

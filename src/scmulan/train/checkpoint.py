@@ -169,7 +169,7 @@ class RunFolder:
             except OSError as error:
                 raise _failed(target, error) from None
 
-        ranks.together(make)
+        ranks.run_on_first(make)
         if ranks.world == 1:
             copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
             written: Callable[[], Any] = lambda: save_file(copies, partial / "shard-00001.safetensors")  # noqa: E731
@@ -249,7 +249,7 @@ class RunFolder:
         RecipeError
             If it holds another network.
         """
-        folder: Path | None = ranks.same(self.newest() if ranks.first else None)
+        folder: Path | None = ranks.broadcast(self.newest() if ranks.first else None)
         if folder is None:
             return None
         read_tensors(folder, tensors, ranks=ranks)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scmulan._dist import Ranks, process_group
+from scmulan._dist import Ranks, training_ranks
 from scmulan._io.outputs import sha256
 from scmulan.data.memory import StudyCells, build_store, build_vocabulary, read_studies
 from scmulan.data.store import CellSource
@@ -140,24 +140,24 @@ def pretrain(
     plan = read_recipe(path, changes)
     if dry_run:
         return {"model": None, "words": 0, **estimate(plan, path.parent, int(os.environ.get("WORLD_SIZE", 1)))}
-    with process_group(plan.run.timeout_seconds) as ranks:
+    with training_ranks(plan.run.timeout_seconds) as ranks:
         return _train(plan, path.parent, Path(out) if out is not None else Path("runs") / plan.name, ranks)
 
 
 def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     def claimed() -> RunFolder:
         folder = RunFolder(out)
-        ranks.together(lambda: folder.claim(plan.to_json(), free=FREE, complete=_completed))
+        ranks.run_on_first(lambda: folder.claim(plan.to_json(), free=FREE, complete=_completed))
         return folder
 
     # A folder in use is refused before any cell is read; a new one is made when the cells are known to be good.
-    there = ranks.same((out / "recipe.json").is_file())
+    there = ranks.broadcast((out / "recipe.json").is_file())
     folder = claimed() if there else None
     data = read_data(plan, base)
     folder = folder or claimed()
     try:
         vocabulary = data.vocabulary
-        ranks.together(lambda: remember_cells(folder.path, data.manifest, data.train, vocabulary))
+        ranks.run_on_first(lambda: remember_cells(folder.path, data.manifest, data.train, vocabulary))
         config = model_config(plan, len(vocabulary))
         model = Mulan(config).initialise(plan.seed)
         init_from_counts(model, data.train, vocabulary, plan.seed)
@@ -183,7 +183,7 @@ def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
             "steps": plan.optimizer.steps,
         }
         if trainer.train():
-            report["model"] = ranks.together(lambda: export_run(folder.path, folder.path / "model", force=True))[
+            report["model"] = ranks.run_on_first(lambda: export_run(folder.path, folder.path / "model", force=True))[
                 "model"
             ]
         report["words"] = trainer.words
@@ -216,8 +216,8 @@ def _with_precision(plan: Recipe, model: Mulan, folder: RunFolder, ranks: Ranks)
     rates = gemm_rates(model.config, ranks.device)
     precision = plan.run.precision
     if precision == "auto":
-        precision = ranks.same(folder.last_facts().get("precision") or faster_precision(rates))
-    (ceiling,) = ranks.total(rates[precision])
+        precision = ranks.broadcast(folder.last_facts().get("precision") or faster_precision(rates))
+    (ceiling,) = ranks.sum(rates[precision])
     return replace(plan.run, precision=precision), ceiling
 
 

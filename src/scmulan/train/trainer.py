@@ -207,7 +207,7 @@ class Trainer:
                 while self.step < self.config.steps:
                     minutes = (time.monotonic() - last_save) / 60
                     due = self.ranks.first and minutes > self.run_config.checkpoint_minutes and not self.folder.busy
-                    stop, save = self.ranks.most(self._stop is not None, due)
+                    stop, save = self.ranks.max(self._stop is not None, due)
                     if stop:
                         break
                     if save:
@@ -247,7 +247,7 @@ class Trainer:
         weight = self.objective.task_weights.get(task, 1.0)
         pairs = 0.0
         if self.objective.name == "published":
-            (pairs,) = self.ranks.total(sum(value_pairs(part.targets) for part in parts))
+            (pairs,) = self.ranks.sum(sum(value_pairs(part.targets) for part in parts))
         self.optimizer.zero_grad(set_to_none=True)
         entity, value = 0.0, 0.0
         for number, part in zip(numbers, parts, strict=True):
@@ -256,7 +256,7 @@ class Trainer:
                 # Gradients are averaged over the processes, and each has its share of one global loss.
                 ((e + self.objective.value_weight * v) * weight * self.ranks.world).backward()
             entity, value = entity + e.item(), value + v.item()
-        entity, value, words, cells, padded, positions = self.ranks.total(
+        entity, value, words, cells, padded, positions = self.ranks.sum(
             entity, value, mine.words, len(mine.entity), mine.entity.numel(), len(mine.positions)
         )
         norm = float(torch.as_tensor(_whole(self._clip())))

@@ -191,7 +191,7 @@ def _losses(
         if ranks.rank < len(batch.entity):
             part = moved(cut(batch, ranks.rank, ranks.world) if ranks.world > 1 else batch, model.word.weight.device)
             losses = [x.item() for x in batch_loss(model, part, objective)]
-        entity, value = ranks.total(*losses)
+        entity, value = ranks.sum(*losses)
         out[f"{name}.entity"] = entity
         if name == "generate" and objective.name != "published":  # the published one is a mean over all pairs
             out["generate.value"] = value
@@ -221,7 +221,7 @@ def _written(
         else:
             most = 2 * int(store.lengths[cells].max()) + 10
             written = write_lengths(model, vocabulary, prompts, measured, most, (seed * 1000 + mine).tolist()).sum()
-    written, real = ranks.total(float(written), float(store.lengths[mine].sum()))
+    written, real = ranks.sum(float(written), float(store.lengths[mine].sum()))
     return {"genes_written": round(written / real, 4)}
 
 
