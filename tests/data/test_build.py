@@ -189,7 +189,7 @@ def test_words_that_a_vocabulary_lacks_are_added_at_its_end(respec, given):
     build(respec(given / "spec.toml", "vocabulary = 'words.json'\nunknown = 'add'"), given / "out")
     corpus = Corpus(given / "out")
     old = Vocabulary.load(given / "words.json")
-    assert corpus.vocabulary.words == (*old.words, "B cell")
+    assert corpus.vocabulary.tokens == (*old.tokens, "B cell")
     assert corpus.words(Family.FINE)[1] == len(old) and corpus.manifest["studies"][0]["unknown_words"] == {}
 
 

@@ -69,7 +69,7 @@ def test_a_store_holds_what_its_vocabulary_can_say(tmp_path, table):
     assert store.logged.tolist() == [False] * 3 + [True] * 2
     assert store.study.tolist() == [0, 0, 0, 1, 1] and store.studies == ["one", "two"]
     assert store.measured.tolist() == [[True, True, True, False], [True, True, False, False]]
-    fine = [vocabulary.words[w] if w >= 0 else None for w in store.words(Family.FINE)]
+    fine = [vocabulary.tokens[w] if w >= 0 else None for w in store.words(Family.FINE)]
     assert fine == ["T cell", None, None, "B cell", "T cell"]  # the vocabulary knows no dragons
     assert (store.words(Family.ORGAN) >= 0).tolist() == [True] * 3 + [False] * 2
     assert store.metadata.shape == (5, len(METADATA))

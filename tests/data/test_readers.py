@@ -104,7 +104,7 @@ def test_other_formats_are_read_in_blocks(tmp_path, monkeypatch, made, cells, na
     genes = [made.genes.index(gene) for gene in corpus.vocabulary.genes]
     assert np.array_equal(corpus.rows(np.arange(30)).toarray(), x[:, genes])
     assert corpus.total.tolist() == x.sum(1).tolist()  # proteins are no genes
-    fine = [corpus.vocabulary.words[w] if w >= 0 else "" for w in corpus.words(Family.FINE)]
+    fine = [corpus.vocabulary.tokens[w] if w >= 0 else "" for w in corpus.words(Family.FINE)]
     assert fine == obs["label"].tolist()
     assert corpus.donors == [(corpus.studies[0], "d1"), (corpus.studies[0], "d2")]
 

@@ -36,7 +36,7 @@ def chances(model):
 
 
 def said(model, cells):
-    genes = [model.vocabulary.gene_row[cells[i][0][2:-1]] for i in range(len(cells))]
+    genes = [model.vocabulary.gene_index[cells[i][0][2:-1]] for i in range(len(cells))]
     return np.stack([np.bincount(g, minlength=40) for g in genes])
 
 

@@ -97,7 +97,7 @@ def test_one_changed_number_is_named(imported, arrays, fixture, what, at, change
     assert "\n" not in str(report)
     json.dumps(report.to_json(), allow_nan=False)
     if what == "entity_logits":
-        assert first.word == f"word {load_model(imported['bias']).vocabulary.words[2000]!r}"
+        assert first.word == f"word {load_model(imported['bias']).vocabulary.tokens[2000]!r}"
         assert first.expected - first.found == pytest.approx(change, abs=2e-5)
 
 

@@ -115,7 +115,7 @@ def test_sentences_say_what_the_task_says(store, vocabulary, task):
         own = {int(vocabulary.ids(Family.GENE)[g]) for g in store.matrix[cell].indices}
         genes = {w for w in prompt[:-1] if vocabulary.is_gene[w]}
         hints = set(prompt[:-1]) - genes
-        assert hints <= set(known(store, cell, *task.hinted).values())
+        assert hints <= set(known(store, cell, *task.hints).values())
         hinted_sizes.add(len(hints))
         if task is GENERATE:
             assert not genes
@@ -123,7 +123,7 @@ def test_sentences_say_what_the_task_says(store, vocabulary, task):
         else:
             assert genes <= own
             assert 0 < len(genes) <= 12
-            assert set(target) == {*known(store, cell, *task.asked).values(), vocabulary.end}
+            assert set(target) == {*known(store, cell, *task.target).values(), vocabulary.end}
         assert target[-1] == vocabulary.end
     assert len(hinted_sizes) > 1
 
@@ -334,7 +334,7 @@ def test_generation_may_say_what_the_study_measured(store, vocabulary):
 def test_an_answer_about_labels_holds_labels(store, vocabulary, task):
     batches = make(store, vocabulary)
     batch = batches.make(task, np.flatnonzero(batches.weights[task.name]), np.random.default_rng(0))
-    sayable = {int(i) for f in task.asked for i in vocabulary.ids(f)} | {vocabulary.end}
+    sayable = {int(i) for f in task.target for i in vocabulary.ids(f)} | {vocabulary.end}
     for row in batch.targets.allowed:
         assert set(row.nonzero()[:, 0].tolist()) == sayable
 
@@ -443,7 +443,7 @@ def test_an_epoch_reads_every_cell_once(store, vocabulary, seed, window, block, 
     chosen = [{c: task for e, task, cells in tasks if e == epoch for c in cells} for epoch in range(2)]
     assert chosen[0] != chosen[1]
     for name in batches.config.tasks:
-        asked = [f for f in TASKS[name].asked if f is not Family.GENE]
+        asked = [f for f in TASKS[name].target if f is not Family.GENE]
         served = [c for task in chosen for c, n in task.items() if n == name]
         assert all(known(store, c, *asked) for c in served if asked)
 

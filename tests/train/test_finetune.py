@@ -111,7 +111,7 @@ def test_the_result_is_a_model_folder_like_any_other(tuned, parent):
     folder, report, _, _ = tuned
     verify_hashes(folder)
     model, old = scmulan.load(folder), scmulan.load(parent)
-    assert model.vocabulary.words[: len(old.vocabulary)] == old.vocabulary.words
+    assert model.vocabulary.tokens[: len(old.vocabulary)] == old.vocabulary.tokens
     assert model.vocabulary.names(Family.FINE)[-3:] == ["blob 7", "helper T", "killer T"]
     assert report["new_words"] == {"fine_type": ["blob 7", "helper T", "killer T"]}
     assert model.config.vocabulary == old.config.vocabulary + 3
@@ -172,7 +172,7 @@ def test_the_published_vocabulary_grows_too(tmp_path):
     with pytest.warns(CoverageWarning):
         report = finetune(tmp_path / "old", adata, "type", tmp_path / "m", **FAST)
     assert report["new_words"] == {"fine_type": ["blob 7", "helper T"]}
-    assert scmulan.load(tmp_path / "m").vocabulary.words[:2222] == vocabulary.words
+    assert scmulan.load(tmp_path / "m").vocabulary.tokens[:2222] == vocabulary.tokens
 
 
 # -- interruptions --------------------------------------------------------------------------------------------------

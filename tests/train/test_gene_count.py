@@ -21,7 +21,7 @@ def test_factors_make_the_expected_number_of_genes_that_of_the_cells(vocabulary,
         logits = network.entity_logits(network(entity, torch.zeros_like(entity))[0, -1])[genes]
     expected = float(logits.sigmoid().numpy()[store.measured[0]].sum())
     by_word = {name: value for names in depth["words"].values() for name, value in names.items()}
-    factor = np.exp(depth["base"] + sum(by_word[vocabulary.words[w]] for w in words))
+    factor = np.exp(depth["base"] + sum(by_word[vocabulary.tokens[w]] for w in words))
     assert abs(factor * expected / number[cells].mean() - 1) < 0.15
     assert 0 < depth["spread"] < 1
 

@@ -14,9 +14,9 @@ def small() -> Vocabulary:
 def test_published_vocabulary_has_the_words_and_families_of_the_release():
     v = Vocabulary.published()
     assert len(v) == 2222
-    assert len(v.genes) == 2000 and v.words[1] == "A2M" and v.genes[0] == "A2M"
-    assert v.end == 0 and v.words[v.prompts["annotate"]] == "<PCT>"
-    assert v.words[v.prompts["generate"]] == "<SPToken1>"
+    assert len(v.genes) == 2000 and v.tokens[1] == "A2M" and v.genes[0] == "A2M"
+    assert v.end == 0 and v.tokens[v.prompts["annotate"]] == "<PCT>"
+    assert v.tokens[v.prompts["generate"]] == "<SPToken1>"
     assert [len(v.ids(f)) for f in METADATA] == [7, 39, 34, 3, 7, 10, 29, 109]
     shared = set(v.ids(Family.COARSE)) & set(v.ids(Family.FINE))
     assert len(shared) == 24  # one word in two families, as published
@@ -24,14 +24,14 @@ def test_published_vocabulary_has_the_words_and_families_of_the_release():
 
 def test_published_vocabulary_is_the_list_beside_the_checkout(shared):
     raw = json.loads((shared / "reference" / "vocabulary.json").read_text())
-    assert list(Vocabulary.published().words) == raw["tokens"]
+    assert list(Vocabulary.published().tokens) == raw["tokens"]
     assert Vocabulary.load(shared / "reference" / "vocabulary.json") == Vocabulary.published()
 
 
 def test_same_name_in_two_families_is_two_words():
     v = small()
     assert v.id(Family.COARSE, "B cell") != v.id(Family.FINE, "B cell")
-    assert v.words[v.id(Family.FINE, "B cell")] == "B cell"
+    assert v.tokens[v.id(Family.FINE, "B cell")] == "B cell"
 
 
 def test_json_round_trip(tmp_path):
@@ -43,7 +43,7 @@ def test_json_round_trip(tmp_path):
 def test_extend_keeps_ids_and_appends_only_what_is_new():
     v = small()
     w = v.extend(Family.FINE, ["naive B cell", "my type", "my type"])
-    assert w.words[: len(v)] == v.words and len(w) == len(v) + 1
+    assert w.tokens[: len(v)] == v.tokens and len(w) == len(v) + 1
     assert w.id(Family.FINE, "my type") == len(v)
     assert len(v.ids(Family.FINE)) == 2  # the old one is untouched
 

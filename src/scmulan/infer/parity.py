@@ -420,7 +420,7 @@ class _Comparison:
 
     def named(self, i: int) -> str:
         """Word of the vocabulary."""
-        return f"word {self.vocabulary.words[i]!r}"
+        return f"word {self.vocabulary.tokens[i]!r}"
 
     def exact(self, what: str, found: np.ndarray) -> None:
         """Ids or bins, padded with −1: equal."""
@@ -459,5 +459,5 @@ class _Comparison:
         if number < 0:
             return "nothing"
         if "ids" in what and number < len(self.vocabulary):
-            return f"{int(number)} ({self.vocabulary.words[number]})"
+            return f"{int(number)} ({self.vocabulary.tokens[number]})"
         return int(number)

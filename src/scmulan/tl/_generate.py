@@ -119,7 +119,7 @@ def generate(
     depth = model.card.get("depth")
     write: Callable[..., Sentences]
     if rule == "default" and depth is not None:
-        factor = _depth_factor(depth, metadata, [vocabulary.words[i] for i in prompt])
+        factor = _depth_factor(depth, metadata, [vocabulary.tokens[i] for i in prompt])
         spread = float(depth["spread"])
         write = partial(
             generate_in_blocks, blocks=BLOCKS, factor=factor, spread=spread, batch=batch or CPU_ROWS, **how, **shared
@@ -136,7 +136,7 @@ def generate(
     shape = (n, len(vocabulary.genes))
     x = sp.csr_matrix((debin(cells.indptr, cells.level, covered=covered), cells.gene, cells.indptr), shape=shape)
     level = sp.csr_matrix((cells.level, cells.gene, cells.indptr), shape=shape)
-    words = {str(family_of_field(f)): vocabulary.words[i] for f, i in zip(metadata, prompt, strict=False)}
+    words = {str(family_of_field(f)): vocabulary.tokens[i] for f, i in zip(metadata, prompt, strict=False)}
     obs = pd.DataFrame(
         {f"prompt_{k}": pd.Categorical([v] * n) for k, v in words.items()},
         index=pd.Index([f"generated-{seed}-{i}" for i in range(n)]),

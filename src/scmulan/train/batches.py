@@ -82,7 +82,7 @@ class Batches:
         self.satisfies = None if satisfies is None else torch.from_numpy(satisfies)
         self.gene_ids = vocabulary.ids(Family.GENE).astype(np.int32)
         self.measured = np.ascontiguousarray(store.measured)
-        self.sayable = {name: TASKS[name].sayable(vocabulary) for name in config.tasks}
+        self.sayable = {name: TASKS[name].allowed(vocabulary) for name in config.tasks}
         self.drawing = Drawing(store, config)
         serves = self._serves()
         for k, name in enumerate(config.tasks):
@@ -103,7 +103,7 @@ class Batches:
         serves = np.zeros(len(self.store), dtype=np.uint8)
         some = np.asarray(self.store.lengths) > 0
         for k, name in enumerate(self.config.tasks):
-            asked = TASKS[name].asked
+            asked = TASKS[name].target
             usable = some if Family.GENE in asked else some & np.any([self.store.words(f) >= 0 for f in asked], axis=0)
             serves |= usable.astype(np.uint8) << k
         return serves
@@ -168,13 +168,13 @@ class Batches:
                 "the number of ranks, and batches.words high enough"
             )
         task, mine, store = drawn.task, drawn.take(rows), self.store
-        given = Family.GENE in task.given
+        given = Family.GENE in task.prompt
         n, words = len(rows), len(self.vocabulary)
         values = store.rows(mine.cells)
         metadata = store.metadata[mine.cells]
         study = store.study[mine.cells]
-        hints, hint_number = packed(metadata, task.hinted)
-        asked, asked_number = packed(metadata, task.asked)
+        hints, hint_number = packed(metadata, task.hints)
+        asked, asked_number = packed(metadata, task.target)
         sampled = min(self.config.positions, max(4, self.config.positions_total // len(drawn)))
         entity = np.zeros((n, int(mine.words.max())), dtype=np.int64)
         value = np.zeros_like(entity)

@@ -45,7 +45,7 @@ def score(model: Mulan, store: CellStore, vocabulary: Vocabulary, relations: np.
             predicted[cells] = fine[model.entity_logits(hidden)[:, fine].argmax(1).numpy()]
     model.train()
     right = relations[truth, predicted]
-    recall = {vocabulary.words[w]: round(float(right[truth == w].mean()), 4) for w in np.unique(truth)}
+    recall = {vocabulary.tokens[w]: round(float(right[truth == w].mean()), 4) for w in np.unique(truth)}
     return {
         "accuracy": round(float(right.mean()), 4),
         "macro_recall": round(float(np.mean(list(recall.values()))), 4),

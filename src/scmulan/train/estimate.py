@@ -122,17 +122,17 @@ def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
 
 def typical_step(config: BatchConfig, task: str) -> Step:
     """Sentences, words and loss positions of a task's mean step, with sentences as long as the recipe allows."""
-    if Family.GENE in TASKS[task].given:
+    if Family.GENE in TASKS[task].prompt:
         least, most, cells = min(config.prompt_words_least, config.prompt_words), config.prompt_words, config.cells
         length = (least + most) / 2
-        answer = len(TASKS[task].asked) + 1
+        answer = len(TASKS[task].target) + 1
     else:
         least, most = min(config.target_words_least, config.target_words), config.target_words
         cells = config.generate_cells
         length = (most - least) / math.log(most / least) if most > least else float(most)
         answer = round(length)
     sentences = min(cells, max(4, config.words // round(length)))
-    if Family.GENE not in TASKS[task].given and config.positions:
+    if Family.GENE not in TASKS[task].prompt and config.positions:
         answer = min(answer, config.positions, max(4, config.positions_total // sentences))
     return Step(sentences=sentences, words=round(sentences * (length + 4)), positions=sentences * answer)
 

@@ -35,7 +35,7 @@ def remember_cells(run: Path, manifest: Sequence[Mapping[str, Any]], store: Cell
         "data": list(manifest),
         "cells": len(store),
         "cells_with_words": int((store.lengths > 0).sum()),
-        "cell_types": {vocabulary.words[w]: int(counts[w]) for w in vocabulary.ids(Family.FINE)},
+        "cell_types": {vocabulary.tokens[w]: int(counts[w]) for w in vocabulary.ids(Family.FINE)},
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
         "covered": covered(store),
     }

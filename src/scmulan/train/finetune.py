@@ -280,12 +280,12 @@ def _digest(store: CellStore) -> str:
 
 def _describe(store: CellStore, watch: CellStore, old: Vocabulary, new: Vocabulary) -> dict[str, Any]:
     words, number = np.unique(store.words(Family.FINE), return_counts=True)
-    added = {str(f): [new.words[i] for i in new.ids(f) if i >= len(old)] for f in METADATA}
+    added = {str(f): [new.tokens[i] for i in new.ids(f) if i >= len(old)] for f in METADATA}
     return {
         "model": None,
         "cells": len(store),
         "held_out": len(watch),
-        "labels": {new.words[w]: int(n) for w, n in zip(words, number, strict=True) if w >= 0},
+        "labels": {new.tokens[w]: int(n) for w, n in zip(words, number, strict=True) if w >= 0},
         "new_words": {family: names for family, names in added.items() if names},
     }
 

@@ -106,7 +106,7 @@ def gene_counts_of(model: Mulan, groups: Kinds | None, vocabulary: Vocabulary) -
         "base": round(base, 4),
         "words": {
             str(family): {
-                vocabulary.words[w]: round(by_word[w], 4) for w in vocabulary.ids(family).tolist() if w in by_word
+                vocabulary.tokens[w]: round(by_word[w], 4) for w in vocabulary.ids(family).tolist() if w in by_word
             }
             for family in METADATA
         },

@@ -173,7 +173,7 @@ def grow(network: Mulan, old: Vocabulary, new: Vocabulary, seed: int) -> Mulan:
 
 
 def _family_and_name(vocabulary: Vocabulary, word: int) -> tuple[Family, str]:
-    return next(f for f in METADATA if word in vocabulary.families.get(f, ())), vocabulary.words[word]
+    return next(f for f in METADATA if word in vocabulary.families.get(f, ())), vocabulary.tokens[word]
 
 
 def relatives(vocabulary: Vocabulary, family: Family, name: str) -> np.ndarray:
@@ -191,7 +191,7 @@ def relatives(vocabulary: Vocabulary, family: Family, name: str) -> np.ndarray:
     if family in (Family.COARSE, Family.FINE):
         ontology = Ontology.load()
         wanted = ontology.find(name)
-        types = {int(i): ontology.find(vocabulary.words[i]) for i in ids} if wanted else {}
+        types = {int(i): ontology.find(vocabulary.tokens[i]) for i in ids} if wanted else {}
         known = {i: t for i, t in types.items() if t}
         for group in (
             {i: 0 for i, t in known.items() if t == wanted},

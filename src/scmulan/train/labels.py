@@ -150,7 +150,7 @@ def label_relations_among(store: CellStore, vocabulary: Vocabulary) -> np.ndarra
     for family in TYPES:
         ids = np.unique(store.words(family)[store.words(family) >= 0])
         if len(ids):
-            out[np.ix_(ids, ids)] = ontology.label_matrix([vocabulary.words[i] for i in ids])
+            out[np.ix_(ids, ids)] = ontology.label_matrix([vocabulary.tokens[i] for i in ids])
     return out
 
 

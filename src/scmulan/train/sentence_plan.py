@@ -139,9 +139,9 @@ class Drawing:
         config = self.config
         seen = np.asarray(self.lengths[cells], dtype=np.int64)
         metadata = self.cells.metadata[cells]
-        hint_size = (rng.random(n) * (packed(metadata, task.hinted)[1] + 1)).astype(np.int64)
+        hint_size = (rng.random(n) * (packed(metadata, task.hints)[1] + 1)).astype(np.int64)
         thin, panel, share = np.ones(n), np.full(n, NO_PANEL), np.ones(n)
-        if Family.GENE not in task.given:
+        if Family.GENE not in task.prompt:
             least = np.log(min(config.target_words_least, config.target_words))
             read = np.rint(np.exp(rng.uniform(least, np.log(config.target_words), n))).astype(np.int64)
             words = hint_size + 1 + np.minimum(seen + 1, read)
@@ -156,7 +156,7 @@ class Drawing:
         share[cut] = rng.uniform(0.1, 1.0, n)[cut]
         left = thin**SEEN * np.where(cut & by_study, self.overlap[self.cells.study[cells], other], share)
         read = np.minimum(read, np.maximum((seen * left).astype(np.int64), np.minimum(FEWEST, seen)))
-        words = read + hint_size + packed(metadata, task.asked)[1] + 2
+        words = read + hint_size + packed(metadata, task.target)[1] + 2
         return Drawn(task, cells, words, read, hint_size, thin, panel, share)
 
 
@@ -189,7 +189,7 @@ _POOL, _DRAWN, _WINDOW, _TASK, _SIZE = range(5)  # what a random stream is for
 
 def most_cells(config: BatchConfig, task: Task) -> int:
     """Most cells of a batch of a task."""
-    return config.cells if Family.GENE in task.given else config.generate_cells
+    return config.cells if Family.GENE in task.prompt else config.generate_cells
 
 
 class WeightedPlan:

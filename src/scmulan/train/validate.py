@@ -178,8 +178,8 @@ def _losses(
     for number, name in enumerate(config.tasks):
         task = TASKS[name]
         usable = store.lengths > 0
-        if Family.GENE not in task.asked:
-            usable &= np.any([store.words(f) >= 0 for f in task.asked], axis=0)
+        if Family.GENE not in task.target:
+            usable &= np.any([store.words(f) >= 0 for f in task.target], axis=0)
         cells = np.flatnonzero(usable)
         if not len(cells):
             continue

@@ -79,7 +79,7 @@ class Vocabulary:
 
     Parameters
     ----------
-    words
+    tokens
         Names in id order.
     families
         Ids of each family, ascending. Every word is in at least one family.
@@ -87,23 +87,23 @@ class Vocabulary:
         Id of the prompt word of each task (``generate``, ``annotate``, ``locate``).
     """
 
-    words: tuple[str, ...]
+    tokens: tuple[str, ...]
     families: Mapping[Family, tuple[int, ...]]
     prompts: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        covered = np.zeros(len(self.words), dtype=bool)
+        covered = np.zeros(len(self.tokens), dtype=bool)
         for family in Family:
             ids = np.asarray(self.families.get(family, ()), dtype=np.int64)
-            if ids.size and (ids.min() < 0 or ids.max() >= len(self.words)):
-                raise VocabularyError(f"family {family} names id {ids.max()}, but there are {len(self.words)} words")
-            names = [self.words[i] for i in ids]
+            if ids.size and (ids.min() < 0 or ids.max() >= len(self.tokens)):
+                raise VocabularyError(f"family {family} names id {ids.max()}, but there are {len(self.tokens)} words")
+            names = [self.tokens[i] for i in ids]
             if len(set(names)) != len(names):
                 twice = next(n for n in names if names.count(n) > 1)
                 raise VocabularyError(f"family {family} has the word {twice!r} twice")
             covered[ids] = True
         if not covered.all():
-            raise VocabularyError(f"word {self.words[int(np.argmin(covered))]!r} belongs to no family")
+            raise VocabularyError(f"word {self.tokens[int(np.argmin(covered))]!r} belongs to no family")
         if len(self.families.get(Family.END, ())) != 1:
             raise VocabularyError("a vocabulary needs exactly one end word")
         for task, word in self.prompts.items():
@@ -111,7 +111,7 @@ class Vocabulary:
                 raise VocabularyError(f"the prompt of task {task!r} is id {word}, which is no prompt word")
 
     def __len__(self) -> int:
-        return len(self.words)
+        return len(self.tokens)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.to_json() == other.to_json()
@@ -126,7 +126,7 @@ class Vocabulary:
 
     def names(self, family: Family) -> list[str]:
         """Names of a family, in id order."""
-        return [self.words[i] for i in self.families.get(family, ())]
+        return [self.tokens[i] for i in self.families.get(family, ())]
 
     @property
     def genes(self) -> list[str]:
@@ -140,19 +140,19 @@ class Vocabulary:
 
     @cached_property
     def _by_name(self) -> dict[tuple[Family, str], int]:
-        return {(family, self.words[i]): i for family, ids in self.families.items() for i in ids}
+        return {(family, self.tokens[i]): i for family, ids in self.families.items() for i in ids}
 
     @cached_property
     def is_gene(self) -> np.ndarray:
         """Bool per word: whether it is a gene."""
-        mask = np.zeros(len(self.words), dtype=bool)
+        mask = np.zeros(len(self.tokens), dtype=bool)
         mask[self.ids(Family.GENE)] = True
         return mask
 
     @cached_property
-    def gene_row(self) -> np.ndarray:
+    def gene_index(self) -> np.ndarray:
         """Place of each word among the genes (int64), −1 where the word is no gene."""
-        row = np.full(len(self.words), -1, dtype=np.int64)
+        row = np.full(len(self.tokens), -1, dtype=np.int64)
         ids = self.ids(Family.GENE)
         row[ids] = np.arange(len(ids))
         return row
@@ -251,10 +251,10 @@ class Vocabulary:
     def extend(self, family: Family, names: Iterable[str]) -> "Vocabulary":
         """Vocabulary with the names that ``family`` lacks appended at the end; ids of old words stay."""
         new = [n for n in dict.fromkeys(names) if self.find(family, n) is None]
-        first = len(self.words)
+        first = len(self.tokens)
         families = dict(self.families)
         families[family] = (*families.get(family, ()), *range(first, first + len(new)))
-        return Vocabulary((*self.words, *new), families, self.prompts)
+        return Vocabulary((*self.tokens, *new), families, self.prompts)
 
     # -- on disk -----------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Vocabulary:
         """Contents as plain JSON types."""
         return {
             "format": FORMAT,
-            "words": list(self.words),
+            "words": list(self.tokens),
             "families": {str(f): [int(i) for i in self.families[f]] for f in Family if f in self.families},
             "prompts": {task: int(i) for task, i in self.prompts.items()},
         }
