@@ -1,4 +1,4 @@
-"""Compiled loops work where nothing can be kept of them."""
+"""Compiled functions work where they cannot be cached."""
 
 import errno
 
@@ -13,20 +13,23 @@ def add(a, b):
     return a + b
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
+@pytest.fixture(params=["full disk", "no folder"])
+def no_cache(request, monkeypatch):
     def save(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(caching.Cache, "save_overload", save)
+    if request.param == "full disk":
+        monkeypatch.setattr(caching.Cache, "save_overload", save)
+    else:
+        monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
 
 
-@pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_is_no_reason_to_stop():
+@pytest.mark.usefixtures("no_cache")
+def test_a_function_is_compiled_without_a_cache():
     assert compiled()(add)(1, 2) == 3
 
 
-@pytest.mark.usefixtures("full_disk")
-def test_nor_for_a_callback():
+@pytest.mark.usefixtures("no_cache")
+def test_a_callback_is_compiled_without_a_cache():
     made = callback(add, numba.int64(numba.int64, numba.int64))
     assert made.ctypes(1, 2) == 3

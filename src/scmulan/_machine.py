@@ -1,7 +1,4 @@
-"""What this computer is and has: the facts that a bug report or a benchmark needs.
-
-What was found out about this machine before: a small JSON file in the user's cache folder.
-"""
+"""Facts about this computer that a bug report or a benchmark needs, and what was measured on it before."""
 
 import contextlib
 import importlib.metadata
@@ -9,15 +6,13 @@ import json
 import os
 import platform
 import re
-import secrets
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import scmulan
-from scmulan.errors import ModelError
-from scmulan.model.folder import packaged_models, verify_hashes
+import platformdirs
+
+from scmulan._io.outputs import atomic_path
+from scmulan.errors import OutputError
 
 # Instructions that decide how fast matrix products are, as Linux names them (x86, then ARM).
 FLAGS = (
@@ -27,42 +22,8 @@ FLAGS = (
 GIB = 2**30
 
 
-def diagnose() -> dict[str, Any]:
-    """Everything that a bug report needs, in plain types.
-
-    Returns
-    -------
-    dict
-        ``scmulan``, ``python``, ``platform``, ``packages``, ``extras``, ``cpu``, ``memory``, ``accelerators``,
-        ``models``, and ``problems``: one line for each thing that is not as it should be.
-    """
-    packages, extras = installed()
-    torch = accelerators()
-    models = model_states(packaged_models())
-    missing = [name for name, version in packages.items() if version is None]
-    return {
-        "scmulan": scmulan.__version__,
-        "installed_at": str(Path(scmulan.__file__).parent),
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "platform": platform.platform(),
-        "packages": packages,
-        "extras": extras,
-        "cpu": cpu(),
-        "memory": memory(),
-        "accelerators": torch,
-        "models": models,
-        "problems": [
-            *(f"{name} is missing: pip install {name}" for name in missing),
-            *([torch["problem"]] if "problem" in torch else []),
-            *(state["problem"] for state in models.values() if state["problem"]),
-            *([] if models else ["no packaged model: install scmulan again"]),
-        ],
-    }
-
-
 def installed(distribution: str = "scmulan") -> tuple[dict[str, str | None], dict[str, dict[str, str | None]]]:
-    """Versions of the packages that a distribution needs, and of those of each of its extras; None where missing."""
+    """Return versions of the packages that a distribution needs, and that each of its extras needs; None if missing."""
     core: dict[str, str | None] = {}
     extras: dict[str, dict[str, str | None]] = {}
     for line in importlib.metadata.requires(distribution) or []:
@@ -80,20 +41,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def model_states(models: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Folder of each model, the hash of its weights, and what is wrong with its files (None if nothing is)."""
-    out: dict[str, dict[str, Any]] = {}
-    for name, folder in models.items():
-        try:
-            state = {"weights_hash": verify_hashes(folder)["model.safetensors"], "problem": None}
-        except ModelError as error:
-            state = {"weights_hash": None, "problem": str(error)}
-        out[name] = {"folder": str(folder), **state}
-    return out
-
-
 def cpu() -> dict[str, Any]:
-    """Model, architecture, cores, and which of the instructions that matter it has (None where unknown)."""
+    """Return model, architecture and cores of the CPU, and which of ``FLAGS`` it has (None where unknown)."""
     text = _read("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
@@ -107,7 +56,7 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, float | None]:
-    """Memory in GiB: what there is, what is available now, and the limit of a container."""
+    """Return total and available memory and the limit of the container, in GiB (None where unknown)."""
     total = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -121,7 +70,7 @@ def memory() -> dict[str, float | None]:
 
 
 def accelerators() -> dict[str, Any]:
-    """Ask torch what it sees: threads, the CPU capability it was compiled for, GPUs with their memory, MPS."""
+    """Return what torch finds: threads, the CPU capability it uses, GPUs with their memory, MPS."""
     try:
         import torch
     except ImportError as error:
@@ -153,45 +102,30 @@ def _read(path: str) -> str:
         return ""
 
 
-def cache_folder() -> Path:
-    """Where this platform keeps what programs can find out again; ``XDG_CACHE_HOME`` wins everywhere."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "scmulan"
+class MeasurementCache:
+    """Measurements of this machine, kept for later processes as a JSON file in the user's cache folder.
 
-
-class Notebook:
-    """Entries by key. A file that is damaged counts as empty, one that cannot be written is done without.
+    A file that is damaged counts as empty; one that cannot be written is done without.
 
     Parameters
     ----------
     name
-        Of the file in the cache folder.
+        File name.
     """
 
     def __init__(self, name: str) -> None:
-        self.path = cache_folder() / name
+        self.path = platformdirs.user_cache_path("scmulan", appauthor=False) / name
 
     def get(self, key: str) -> Any:
-        """Entry of a key, or None."""
+        """Return the entry of a key, or None."""
         return self._read().get(key)
 
     def put(self, key: str, entry: Any) -> None:
-        """Keep an entry, whole or not at all: others may read the file meanwhile."""
-        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        try:
+        """Store an entry; other processes may read the file meanwhile."""
+        with contextlib.suppress(OSError, OutputError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({**self._read(), key: entry}, indent=1), encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps({**self._read(), key: entry}, indent=1), encoding="utf-8")
 
     def _read(self) -> dict[str, Any]:
         try:

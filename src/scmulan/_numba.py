@@ -1,7 +1,8 @@
-"""Loops compiled by numba, kept on disk for the next process where there is room.
+"""Functions compiled by numba and cached on disk, also where the disk is full or no folder can be written to.
 
-numba keeps what it has compiled beside the module, or in the user's cache folder. Where the disk is full that is no
-reason to stop: the loop is there, and the next process compiles it again.
+numba caches beside the module, or in the user's cache folder if the install folder is read-only. It raises where the
+disk is full (also under ``NUMBA_CACHE_DIR``, which moves the cache and no more), and where it finds no folder at all.
+Neither is a reason to stop: the function is compiled by then, or is compiled without a cache.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import numba
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function that is compiled when it is first called, and runs without the interpreter's lock.
+    """Decorate a function to be compiled at its first call and to run without the interpreter's lock.
 
     Parameters
     ----------
@@ -21,22 +22,25 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher: Any = numba.njit(nogil=True, cache=True, **options)(function)
+        try:
+            dispatcher: Any = numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # no folder for the cache
+            return numba.njit(nogil=True, **options)(function)
         save = dispatcher._cache.save_overload
 
-        def save_if_there_is_room(*args: Any) -> None:
+        def save_if_possible(*args: Any) -> None:
             with contextlib.suppress(OSError):
                 save(*args)
 
-        dispatcher._cache.save_overload = save_if_there_is_room
+        dispatcher._cache.save_overload = save_if_possible
         return dispatcher
 
     return decorate
 
 
 def callback(function: Callable[..., Any], signature: Any) -> Any:
-    """Compile a function that other languages can call."""
+    """Compile a function that C code can call."""
     try:
         return numba.cfunc(signature, cache=True, error_model="numpy")(function)
-    except OSError:
+    except (OSError, RuntimeError):
         return numba.cfunc(signature, error_model="numpy")(function)

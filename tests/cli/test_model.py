@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from scmulan._machine import cpu, installed, memory, model_states
+from scmulan._machine import cpu, installed, memory
+from scmulan.cli.doctor import model_states
 from scmulan.infer.release_rule import next_word
 from scmulan.model.folder import packaged_models
 from scmulan.model.loading import load

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scmulan._machine import Notebook
+from scmulan._machine import MeasurementCache
 from scmulan.errors import ModelError
 from scmulan.infer import precision as module
 from scmulan.infer.precision import Int8Linear, agreement, apply_precision, choose_precision, int8_available, speeds
@@ -109,7 +109,7 @@ def test_times_are_measured_once_and_a_damaged_cache_again(random_model, cache, 
 def test_a_cache_that_cannot_be_written_is_done_without(random_model, cache):
     cache.parent.parent.joinpath("scmulan").write_text("a file, not a folder")
     assert speeds(random_model.config, CPU, 32)["fp32"] > 0
-    assert Notebook("precision.json").get("anything") is None
+    assert MeasurementCache("precision.json").get("anything") is None
 
 
 def test_the_fastest_that_agrees_is_chosen_and_remembered(random_model, monkeypatch):

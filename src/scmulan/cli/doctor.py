@@ -1,10 +1,16 @@
 """``scmulan doctor``."""
 
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
+import scmulan
 from scmulan.cli import console, options
+from scmulan.errors import ModelError
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -12,12 +18,61 @@ def doctor(as_json: options.Json = False) -> None:
 
     Exit code 1 if something is not as it should be.
     """
-    from scmulan._machine import diagnose
-
     facts = diagnose()
     console.result(facts, _sentences(facts), as_json)
     if facts["problems"]:
         raise typer.Exit(1)
+
+
+def diagnose() -> dict[str, Any]:
+    """Collect what a bug report needs, in plain types.
+
+    Returns
+    -------
+    dict
+        ``scmulan``, ``python``, ``platform``, ``packages``, ``extras``, ``cpu``, ``memory``, ``accelerators``,
+        ``models``, and ``problems``: one line for each thing that is not as it should be.
+    """
+    from scmulan import _machine
+    from scmulan.model.folder import packaged_models
+
+    packages, extras = _machine.installed()
+    torch = _machine.accelerators()
+    models = model_states(packaged_models())
+    missing = [name for name, version in packages.items() if version is None]
+    return {
+        "scmulan": scmulan.__version__,
+        "installed_at": str(Path(scmulan.__file__).parent),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "packages": packages,
+        "extras": extras,
+        "cpu": _machine.cpu(),
+        "memory": _machine.memory(),
+        "accelerators": torch,
+        "models": models,
+        "problems": [
+            *(f"{name} is missing: pip install {name}" for name in missing),
+            *([torch["problem"]] if "problem" in torch else []),
+            *(state["problem"] for state in models.values() if state["problem"]),
+            *([] if models else ["no packaged model: install scmulan again"]),
+        ],
+    }
+
+
+def model_states(models: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Check the files of models: folder, hash of the weights, and the problem (None if there is none) of each."""
+    from scmulan.model.folder import verify_hashes
+
+    out: dict[str, dict[str, Any]] = {}
+    for name, folder in models.items():
+        try:
+            state = {"weights_hash": verify_hashes(folder)["model.safetensors"], "problem": None}
+        except ModelError as error:
+            state = {"weights_hash": None, "problem": str(error)}
+        out[name] = {"folder": str(folder), **state}
+    return out
 
 
 def _sentences(facts: dict[str, Any]) -> str:

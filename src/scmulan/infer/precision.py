@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmulan._machine import Notebook, cpu
+from scmulan._machine import MeasurementCache, cpu
 from scmulan.errors import ModelError
 from scmulan.model.loading import LoadedModel
 from scmulan.model.network import Block, MulanConfig
@@ -136,13 +136,13 @@ def _best(block: nn.Module, x: Tensor, device: torch.device, repeats: int = 3) -
 
 def speeds(config: MulanConfig, device: torch.device, rows: int = TIMED_WORDS) -> dict[str, float]:
     """:func:`block_seconds`, measured once per machine and kept in the cache folder."""
-    notebook = Notebook("precision.json")
+    cache = MeasurementCache("precision.json")
     key = f"seconds {_machine(device)} width {config.width} heads {config.heads} bias {config.bias} rows {rows}"
-    kept = notebook.get(key)
+    kept = cache.get(key)
     if isinstance(kept, dict) and kept.get("fp32") and all(isinstance(v, float) for v in kept.values()):
         return {name: kept[name] for name in PRECISIONS if name in kept}
     found = block_seconds(config, device, rows)
-    notebook.put(key, found)
+    cache.put(key, found)
     return found
 
 
@@ -202,13 +202,13 @@ def choose_precision(model: LoadedModel, prompts: Sentences, total: int | None =
     if n < FEWEST_PROBE_CELLS:
         return apply_precision(model, "auto")
     probe = prompts.take(filled[np.linspace(0, len(filled) - 1, n).astype(np.int64)])
-    notebook = Notebook("precision.json")
+    cache = MeasurementCache("precision.json")
     device = model.network.word.weight.device
     for precision in _faster(speeds(model.config, device)):
         seen = _verdict(model, precision)
         if seen is None or seen.cells < n:
             seen = agreement(model, apply_precision(model, precision), probe)
-            notebook.put(_verdict_key(model, precision), asdict(seen))
+            cache.put(_verdict_key(model, precision), asdict(seen))
         if seen.good:
             return apply_precision(model, precision)
     return model
@@ -229,7 +229,7 @@ def _faster(seconds: dict[str, float]) -> list[Literal["bf16", "int8"]]:
 
 def _verdict(model: LoadedModel, precision: str) -> Agreement | None:
     """How a precision was seen to agree with fp32 for these weights on this machine, None where nobody knows."""
-    kept = Notebook("precision.json").get(_verdict_key(model, precision))
+    kept = MeasurementCache("precision.json").get(_verdict_key(model, precision))
     try:
         return Agreement(cells=int(kept["cells"]), labels=float(kept["labels"]), cosine=float(kept["cosine"]))
     except (KeyError, TypeError, ValueError):
