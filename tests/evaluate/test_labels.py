@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scmulan._io.adata import read_column
 from scmulan.errors import InputError
-from scmulan.evaluate.labels import LINEAGES, OTHER, canonical, lineage_of, read_column, read_label_map
+from scmulan.evaluate.labels import LINEAGES, OTHER, canonical, lineage_of, read_label_map
 from scmulan.vocab.ontology import Ontology
 
 

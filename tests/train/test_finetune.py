@@ -405,10 +405,10 @@ def test_the_default_length_follows_from_the_cells(parent, cells, tmp_path, monk
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"labels": "Type"}, InputError, "the cells: obs has no column 'Type'; did you mean 'type'?"),
-        ({"labels": "zzz"}, InputError, "obs has no column 'zzz'; it has 'type', 'donor', 'organ'"),
-        ({"donor": "doner"}, InputError, "no column 'doner'; did you mean 'donor'"),
-        ({"coarse": "typ"}, InputError, "no column 'typ'; did you mean 'type'"),
+        ({"labels": "Type"}, InputError, "the cells: no column 'Type' in obs; did you mean 'type'?"),
+        ({"labels": "zzz"}, InputError, "no column 'zzz' in obs; it has 'type', 'donor', 'organ'"),
+        ({"donor": "doner"}, InputError, "no column 'doner' in obs; did you mean 'donor'"),
+        ({"coarse": "typ"}, InputError, "no column 'typ' in obs; did you mean 'type'"),
         ({"metadata": {"flavour": "organ"}}, VocabularyError, "unknown metadata field 'flavour'"),
         ({"metadata": {"cell_type": "organ"}}, InputError, "metadata names 'cell_type': give that column as `labels`"),
         ({"method": "magic"}, ScmulanError, r"method 'magic' is unknown: there is 'full' \(all weights"),

@@ -31,6 +31,7 @@ __all__ = [
     "check_output",
     "copy_with_results",
     "open_input",
+    "read_column",
     "to_json",
     "write_h5ad",
     "write_json",
@@ -227,6 +228,36 @@ def _without_x(parts: dict[str, Any]) -> dict[str, Any]:
     if "raw" in parts:
         parts["raw"] = {"var": parts["raw"]["var"]}
     return parts
+
+
+def read_column(obs: pd.DataFrame, column: str, source: str) -> np.ndarray:
+    """Return a column of ``obs`` as stripped strings (object array), ``""`` where missing.
+
+    Parameters
+    ----------
+    obs
+        One row per cell.
+    column
+        Name of the column.
+    source
+        What to call the input in errors, such as its file name.
+
+    Raises
+    ------
+    InputError
+        If there is no such column; the nearest names are suggested.
+    """
+    if column not in obs:
+        names = [str(name) for name in obs]
+        folded = {name.casefold(): name for name in names}
+        near = difflib.get_close_matches(column.casefold(), list(folded), n=3, cutoff=0.5)
+        if near:
+            hint = f"did you mean {' or '.join(repr(folded[name]) for name in near)}?"
+        else:
+            hint = f"it has {', '.join(map(repr, names[:12])) or 'none'}" + (", …" if len(names) > 12 else "")
+        raise InputError(f"{source}: no column {column!r} in obs; {hint}")
+    values = obs[column].astype(object)
+    return np.array(["" if absent else str(v).strip() for v, absent in zip(values, values.isna(), strict=True)], object)
 
 
 def _similar(path: Path) -> str:

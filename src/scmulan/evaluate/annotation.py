@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scmulan import _keys
+from scmulan._io.adata import read_column
 from scmulan._text import grid, shorten
 from scmulan.errors import InputError
 from scmulan.evaluate.baselines import LogisticBaseline, LogisticConfig, TrainingFile, Tuning, read_training_file, tune
@@ -25,7 +26,7 @@ from scmulan.evaluate.cells import (
     read_genes,
     trained_on,
 )
-from scmulan.evaluate.labels import LINEAGES, OTHER, LabelMap, canonical, read_column, read_label_map
+from scmulan.evaluate.labels import LINEAGES, OTHER, LabelMap, canonical, read_label_map
 from scmulan.evaluate.scores import Calibration, Scores, agreement, answerable, calibrate, outcomes, resolve, score
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._annotate import annotate_cells

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from scmulan._io.adata import read_column
 from scmulan.data.gene_selection import GeneScores
 from scmulan.errors import InputError
 from scmulan.evaluate.cells import GeneCells, Total, file_names, ignoring, named, need, open_labelled, read_genes
-from scmulan.evaluate.labels import LabelMap, read_column
+from scmulan.evaluate.labels import LabelMap
 from scmulan.evaluate.scores import agreement, answerable, resolve, score
 from scmulan.vocab.ontology import Ontology
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scmulan._io.adata import read_column
 from scmulan._text import grid, shorten
 from scmulan.errors import InputError, VocabularyError
 from scmulan.evaluate.cell_sets import CellSet, Likeness, compare, resample
@@ -22,7 +23,7 @@ from scmulan.evaluate.cells import (
     open_labelled,
     trained_on,
 )
-from scmulan.evaluate.labels import LabelMap, canonical, read_column, read_label_map
+from scmulan.evaluate.labels import LabelMap, canonical, read_label_map
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._blockwise import CellReader
 from scmulan.tl._generate import generate

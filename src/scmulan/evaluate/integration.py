@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scmulan._io.adata import read_column
 from scmulan._text import grid
 from scmulan.errors import InputError
 from scmulan.evaluate.cells import (
@@ -28,7 +29,7 @@ from scmulan.evaluate.cells import (
     read_genes,
     trained_on,
 )
-from scmulan.evaluate.labels import LabelMap, read_column, read_label_map
+from scmulan.evaluate.labels import LabelMap, read_label_map
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._embed import embed_cells
 

@@ -1,19 +1,15 @@
 """Labels of people's files: read, mapped to the Cell Ontology, and put into lineages or other groups."""
 
-import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from scmulan.errors import InputError
 from scmulan.resources import read_text
 from scmulan.vocab.ontology import Ontology
 
-__all__ = ["LINEAGES", "OTHER", "LabelMap", "canonical", "lineage_of", "read_column", "read_label_map"]
+__all__ = ["LINEAGES", "OTHER", "LabelMap", "canonical", "lineage_of", "read_label_map"]
 
 # Roots of each lineage, in the order in which they are tried: dendritic cells are mononuclear phagocytes too, and some
 # monocytes count as precursors in the ontology.
@@ -57,23 +53,6 @@ def canonical(label: str) -> str:
     ontology = Ontology.load()
     identifier = ontology.find(label)
     return label if identifier is None else ontology.name(identifier)
-
-
-def read_column(obs: pd.DataFrame, column: str, source: str) -> np.ndarray:
-    """Text of one column of ``obs``, as stripped strings; missing values become ``""``.
-
-    Raises
-    ------
-    InputError
-        If there is no such column; the nearest names are suggested.
-    """
-    if column not in obs:
-        near = difflib.get_close_matches(column, [str(c) for c in obs.columns], n=3, cutoff=0.5)
-        there = ", ".join(map(str, list(obs.columns)[:12])) or "none"
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"its columns are: {there}"
-        raise InputError(f"{source}: no column {column!r} in obs; {hint}")
-    values = obs[column].astype(object)
-    return np.array(["" if absent else str(v).strip() for v, absent in zip(values, values.isna(), strict=True)], object)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

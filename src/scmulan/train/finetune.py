@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import scmulan
-from scmulan._io.adata import open_input
+from scmulan._io.adata import open_input, read_column
 from scmulan._io.outputs import check_output, sha256
 from scmulan.data.memory import CellStore, read_cells, take
 from scmulan.errors import OutputError, ScmulanError
@@ -24,7 +24,7 @@ from scmulan.train.config import ObjectiveSection, OptimizerSection, RunSection
 from scmulan.train.early_stopping import EarlyStopping, StopTraining, score
 from scmulan.train.gene_count import fit_gene_counts
 from scmulan.train.init import fit_head, grow
-from scmulan.train.labels import hold_out, label_relations_among, read_column, read_words
+from scmulan.train.labels import hold_out, label_relations_among, read_words
 from scmulan.train.trainer import Trainer, read_log
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 

@@ -1,12 +1,12 @@
 """What somebody's own cells are called: columns of ``obs`` as words, and which cells are held out."""
 
-import difflib
 import warnings
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
+from scmulan._io.adata import read_column
 from scmulan.data.memory import CellStore
 from scmulan.errors import InputError, VocabularyError
 from scmulan.vocab.ontology import Ontology
@@ -15,27 +15,6 @@ from scmulan.vocab.vocabulary import Family, Vocabulary, family_of_field
 FEW = 5
 MOST_HELD_OUT = 500
 TYPES = (Family.COARSE, Family.FINE)
-
-
-def read_column(obs: pd.DataFrame, name: str, source: str) -> np.ndarray:
-    """Column of ``obs`` as stripped strings, empty where missing.
-
-    Raises
-    ------
-    InputError
-        If there is no such column; close names are suggested.
-    """
-    if name not in obs:
-        names = [str(c) for c in obs]
-        folded = {n.casefold(): n for n in names}
-        near = difflib.get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.5)
-        if near:
-            hint = f"did you mean {' or '.join(repr(folded[n]) for n in near)}?"
-        else:
-            hint = f"it has {', '.join(map(repr, names[:12])) or 'none'}" + (", …" if len(names) > 12 else "")
-        raise InputError(f"{source}: obs has no column {name!r}; {hint}")
-    column = obs[name].astype(object)
-    return column.where(column.notna(), "").astype(str).str.strip().to_numpy(dtype=object)
 
 
 def read_words(
