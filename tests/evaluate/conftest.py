@@ -25,8 +25,8 @@ def simulate(seed: int, n: int, genes: list[str], types: tuple[str, ...] = TYPES
     rate = np.tile(base, (n, 1)) * rng.lognormal(0, 0.3, size=(n, 1)) * rng.lognormal(0, 0.2, size=len(GENES))
     for number, name in enumerate(TYPES):
         rate[np.ix_(labels == name, np.arange(number * 20, number * 20 + 20))] += gain
-    place = [GENES.index(gene) for gene in genes]
-    counts = sp.csr_matrix(rng.poisson(rate)[:, place].astype(np.float32))
+    columns = [GENES.index(gene) for gene in genes]
+    counts = sp.csr_matrix(rng.poisson(rate)[:, columns].astype(np.float32))
     obs = pd.DataFrame(
         {
             "label": pd.Categorical(labels),

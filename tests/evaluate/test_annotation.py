@@ -30,7 +30,7 @@ def result(model, cells):
     )
 
 
-def labelled(path):
+def read_labelled(path):
     adata = ad.read_h5ad(path)
     raw = adata.obs["label"].astype(object)
     keep = (raw.notna() & (raw != "")).to_numpy()
@@ -38,7 +38,7 @@ def labelled(path):
 
 
 def test_scores_are_those_of_the_annotation(model, cells, result):
-    adata, keep, truth = labelled(cells["tested"])
+    adata, keep, truth = read_labelled(cells["tested"])
     table = annotate_cells(adata, model).obs
     predicted = np.array([canonical(p) for p in table["scmulan_cell_type"].astype(str)[keep]], dtype=object)
     found = result.results[MODEL]["tested"]
@@ -51,18 +51,18 @@ def test_scores_are_those_of_the_annotation(model, cells, result):
         np.mean([lineage_of(p) == lineage_of(t) for p, t in zip(predicted, truth, strict=True)])
     )
     probability = table["scmulan_cell_type_probability"].to_numpy()[keep].astype(float)
-    for share, cells_of in ((found.calibration.mean_right, right), (found.calibration.mean_wrong, ~right)):
-        assert share == (pytest.approx(probability[cells_of].mean()) if cells_of.any() else None)
+    for mean, of_cells in ((found.calibration.mean_right, right), (found.calibration.mean_wrong, ~right)):
+        assert mean == (pytest.approx(probability[of_cells].mean()) if of_cells.any() else None)
 
 
 def test_cells_without_label_are_left_out_and_counted(result):
-    (account,) = result.files
-    assert (account.cells, account.labelled, account.unlabelled) == (160, 157, 3)
-    assert account.matrix == "X, counts" and "300 of 400 vocabulary genes" in account.genes
-    assert not account.trained_on
+    (file,) = result.files
+    assert (file.cells, file.labelled, file.unlabelled) == (160, 157, 3)
+    assert file.matrix == "X, counts" and "300 of 400 vocabulary genes" in file.genes
+    assert not file.trained_on
 
 
-def test_types_that_a_predictor_cannot_name_are_apart(result):
+def test_types_outside_the_vocabulary_are_reported(result):
     for predictor in (MODEL, BASELINE):
         found = result.results[predictor]["tested"]
         assert found.unknown_types == {"platelet": 3}
@@ -127,18 +127,18 @@ def test_the_release_s_rule_has_no_probabilities(model, cells):
     assert "–" in evaluate_annotation(model, [cells["tested"]], labels="label", rule="release").table()
 
 
-def test_the_vote_of_neighbours_is_scored_beside_the_cells_own_types(model, cells):
-    adata, keep, truth = labelled(cells["tested"])
+def test_smoothed_types_are_scored_beside_the_predicted_ones(model, cells):
+    adata, keep, truth = read_labelled(cells["tested"])
     found = annotate_cells(adata, model, precision="fp32", keep_hidden=True)
-    voted = smooth_types(found.obs["scmulan_cell_type"], found.hidden.load())[keep]
-    predicted = np.array([canonical(p) for p in voted["scmulan_cell_type_smoothed"].astype(str)], dtype=object)
+    smoothed = smooth_types(found.obs["scmulan_cell_type"], found.hidden.load())[keep]
+    predicted = np.array([canonical(p) for p in smoothed["scmulan_cell_type_smoothed"].astype(str)], dtype=object)
     right = np.array([Ontology.load().agrees(p, t) for p, t in zip(predicted, truth, strict=True)])
     result = evaluate_annotation(model, [cells["tested"], cells["one"]], labels="label", smooth=True, lineages=True)
     assert list(result.results) == [MODEL, SMOOTHED]
     scores = result.results[SMOOTHED]["tested"]
     assert scores.exact.accuracy == pytest.approx(accuracy_score(truth, predicted))
-    shares = voted["scmulan_cell_type_smoothed_share"].to_numpy(dtype=float)
-    assert scores.calibration.mean_right == pytest.approx(shares[right].mean())
+    fractions = smoothed["scmulan_cell_type_smoothed_share"].to_numpy(dtype=float)
+    assert scores.calibration.mean_right == pytest.approx(fractions[right].mean())
     assert scores.unknown_types == {"platelet": 3} and result.results[SMOOTHED][POOLED].ontology.n == 307
     assert "Lineages by scmulan, smoothed" in result.table()
 
@@ -148,7 +148,7 @@ def test_a_file_is_not_tested_and_trained_on(model, cells):
         evaluate_annotation(model, [cells["one"]], labels="label", train=[cells["one"], cells["two"]])
 
 
-def test_training_data_of_the_model_is_said(model, cells, monkeypatch):
+def test_training_data_of_the_model_is_reported(model, cells, monkeypatch):
     import hashlib
 
     digest = hashlib.sha256(cells["one"].read_bytes()).hexdigest()
@@ -206,5 +206,5 @@ def test_real_cells_of_a_study_that_was_not_trained_on(shared, real_model):
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
-    code = "import sys, scmulan.evaluation; print([m for m in ('torch', 'sklearn', 'scanpy') if m in sys.modules])"
+    code = "import sys, scmulan.evaluate; print([m for m in ('torch', 'sklearn', 'scanpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

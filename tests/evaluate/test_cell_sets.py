@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from scipy.stats import pearsonr, spearmanr
 from sklearn.neighbors import KNeighborsClassifier
 
-from scmulan.evaluate.cell_sets import CellSet, compare, resample
+from scmulan.evaluate.cell_sets import CellSet, compare, shuffle_genes
 
 
 def structured(seed: int, n: int = 60, shift: float = 0.0) -> CellSet:
@@ -28,7 +28,7 @@ def reference() -> CellSet:
     return structured(0)
 
 
-def test_a_set_is_like_itself(reference):
+def test_a_set_is_similar_to_itself(reference):
     found = compare(reference, reference)
     assert found.words_ratio == 1 and set(found.words_ratio_by_type.values()) == {1}
     for value in (found.mean_pearson, found.mean_spearman, found.detection_pearson, found.coexpression):
@@ -57,13 +57,13 @@ def test_figures_are_those_of_their_definitions(reference):
 
 def test_other_real_cells_are_close_and_independent_genes_lack_structure(reference):
     other = structured(2)
-    independent = resample(structured(3), {"a": 60, "b": 60}, np.random.default_rng(0))
-    real, made = compare(other, reference), compare(independent, reference)
-    assert made.mean_pearson == pytest.approx(real.mean_pearson, abs=0.05)
-    assert made.words_ratio == pytest.approx(1, abs=0.1)
-    assert real.coexpression > 0.8 > 0.3 > made.coexpression
-    assert made.words_sd < 0.7 * real.words_sd
-    assert real.told_apart < 0.62 and made.told_apart > 0.7
+    independent = shuffle_genes(structured(3), {"a": 60, "b": 60}, np.random.default_rng(0))
+    real, shuffled = compare(other, reference), compare(independent, reference)
+    assert shuffled.mean_pearson == pytest.approx(real.mean_pearson, abs=0.05)
+    assert shuffled.words_ratio == pytest.approx(1, abs=0.1)
+    assert real.coexpression > 0.8 > 0.3 > shuffled.coexpression
+    assert shuffled.words_sd < 0.7 * real.words_sd
+    assert real.told_apart < 0.62 and shuffled.told_apart > 0.7
 
 
 def test_the_wrong_type_is_seen(reference):
@@ -88,14 +88,14 @@ def test_empty_cells_are_compared_too(reference):
     assert found.words_ratio == 0 and found.mean_pearson is None and found.coexpression is None
 
 
-def test_resampling_keeps_the_marginals_and_nothing_else():
+def test_shuffling_keeps_the_marginals_and_nothing_else():
     real = structured(5, n=400)
-    made = resample(real, {"a": 4000}, np.random.default_rng(1))
-    assert made.level.shape == (4000, 40) and set(made.types) == {"a"}
-    a, b = real.of("a"), made.of("a")
+    shuffled = shuffle_genes(real, {"a": 4000}, np.random.default_rng(1))
+    assert shuffled.level.shape == (4000, 40) and set(shuffled.types) == {"a"}
+    a, b = real.of("a"), shuffled.of("a")
     for level in range(11):
         assert np.abs((a == level).mean(0) - (b == level).mean(0)).max() < 0.05
     off = ~np.eye(40, dtype=bool)
     assert np.abs(np.corrcoef(a.T)[off]).max() > 0.7 > 0.1 > np.abs(np.corrcoef(b.T)[off]).max()
-    again = resample(real, {"a": 4000}, np.random.default_rng(1))
-    assert (made.level != again.level).nnz == 0
+    again = shuffle_genes(real, {"a": 4000}, np.random.default_rng(1))
+    assert (shuffled.level != again.level).nnz == 0

@@ -11,8 +11,8 @@ import pytest
 from scmulan._io.adata import to_json
 from scmulan.errors import InputError
 from scmulan.evaluate import evaluate_integration
-from scmulan.evaluate.cells import ignoring
-from scmulan.evaluate.integration import AGGREGATES, _benchmark, _quick_and_quiet
+from scmulan.evaluate.inputs import ignore_warnings
+from scmulan.evaluate.integration import AGGREGATES, quiet_scib_metrics, score_embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 
@@ -48,24 +48,24 @@ def test_embeddings_are_scored_beside_pca(result):
 
 
 @pytest.mark.slow
-def test_a_space_of_types_is_good_and_one_of_batches_is_bad():
+def test_an_embedding_of_types_is_good_and_one_of_batches_is_bad():
     rng = np.random.default_rng(0)
     types, batches = np.repeat(list("ab"), 60), np.tile(list("xy"), 60)
     noise = rng.normal(size=(120, 5)).astype(np.float32)
     by_type, by_batch = noise.copy(), noise.copy()
     by_type[:, 0] += 20 * (types == "a")
     by_batch[:, 0] += 20 * (batches == "x")
-    scores, _ = _benchmark({"X_pca": by_batch, "types": by_type}, types, batches, kbet=False)
+    scores, _ = score_embeddings({"X_pca": by_batch, "types": by_type}, types, batches)
     assert scores["types"]["Bio conservation"] > 0.9 > 0.5 > scores["X_pca"]["Bio conservation"]
     assert scores["types"]["Batch correction"] > 0.7 > 0.5 > scores["X_pca"]["Batch correction"]
 
 
-def test_scib_metrics_says_nothing_on_standard_output(capfd):
-    with ignoring("Tensorflow not installed"):
+def test_scib_metrics_prints_nothing_on_standard_output(capfd):
+    with ignore_warnings("Tensorflow not installed"):
         import scib_metrics
 
     logger = logging.getLogger(scib_metrics.__name__)
-    with _quick_and_quiet():
+    with quiet_scib_metrics():
         logger.info("type x is too small. Skip.")
     assert capfd.readouterr().out == ""
     assert logger.level == logging.INFO  # as it was

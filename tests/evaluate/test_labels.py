@@ -90,7 +90,7 @@ def test_a_map_gives_terms_and_groups(tmp_path):
     assert table.group_of("regulatory T cell") == "T"
 
 
-def test_groups_of_one_s_own(tmp_path):
+def test_groups_other_than_lineages(tmp_path):
     text = "label\tgroup\tterm\nx1\tlymphoid\tlymphocyte\nx2\tmyeloid\tmyeloid cell\nx3\tlymphoid\tNK cell\n"
     table = read_label_map(write(tmp_path / "m.tsv", text))
     assert table.true_group("x3") == "lymphoid"
@@ -99,7 +99,7 @@ def test_groups_of_one_s_own(tmp_path):
     assert table.group_of("fibroblast") == OTHER
 
 
-def test_the_map_s_word_on_a_label_s_group_counts(tmp_path):
+def test_the_map_s_group_of_a_label_counts(tmp_path):
     text = "label\tlineage\tcl_id\nmonocyte-derived\tdendritic\tmonocyte\nB\tB\tB cell\n"
     table = read_label_map(write(tmp_path / "m.tsv", text))
     assert table.true_group("monocyte-derived") == "dendritic" and table.group_of("monocyte") == "monocyte"
@@ -131,7 +131,7 @@ def test_a_map_of_other_labels_is_refused(tmp_path):
         table.check(["C", ""], "f.h5ad")
 
 
-def test_a_missing_map_is_said(tmp_path):
+def test_a_missing_map_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such mapping table"):
         read_label_map(tmp_path / "none.tsv")
 

@@ -76,7 +76,8 @@ def annotation(
 
     result = evaluate_annotation(
         model, data, labels=labels, mapping=mapping, lineages=lineages, train=train or [], train_labels=train_labels,
-        train_mapping=train_mapping, rule=rule, smooth=smooth, min_genes=min_genes, seed=seed, progress=console.log,
+        train_mapping=train_mapping, rule=rule, smooth=smooth, min_genes=min_genes, seed=seed,
+        progress=console.PROGRESS,
     )  # fmt: skip
     console.result(result.to_json(), result.table(), as_json)
 
@@ -104,7 +105,7 @@ def integration(
 
     result = evaluate_integration(
         model, data, labels=labels, batch=batch, mapping=mapping, max_cells=max_cells, kbet=kbet, min_genes=min_genes,
-        seed=seed, progress=console.log,
+        seed=seed, progress=console.PROGRESS,
     )  # fmt: skip
     console.result(result.to_json(), result.table(), as_json)
 
@@ -142,6 +143,6 @@ def generation(
     result = evaluate_generation(
         model, data, labels=labels, fields=None if columns is None else {c: f for f, c in columns.items()},
         mapping=mapping, n=n, rule=rule, values=values, temperature=temperature, max_words=max_words,
-        min_genes=min_genes, seed=seed, progress=console.log,
+        min_genes=min_genes, seed=seed, progress=console.PROGRESS,
     )  # fmt: skip
     console.result(result.to_json(), result.table(), as_json)

@@ -1,29 +1,26 @@
-"""How good is a model? Annotation, integration and generation, each beside a baseline worth beating.
+"""Evaluate models: annotation, integration and generation, each beside a baseline.
 
-Here live the questions put to models and the yardsticks: functions that take a model and labelled files and return a
-result with ``to_json()`` for machines and ``table()`` for people. Metrics of integration are those of scib-metrics, not
-our own. Nothing of the language or the model is defined here, and nothing is tuned on the cells that are scored.
+Functions here take a model and labelled files and return a result with ``to_json()`` for machines and ``table()`` for
+people. Metrics of integration are those of scib-metrics. Nothing of the vocabulary or the model is defined here, and
+nothing is tuned on the cells that are scored.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "annotation": ["evaluate_annotation"],
+        "generation": ["evaluate_generation"],
+        "integration": ["evaluate_integration"],
+        "labels": ["lineage_of"],
+    },
+)
 
 if TYPE_CHECKING:
-    from scmulan.evaluate.annotation import evaluate_annotation
-    from scmulan.evaluate.generation import evaluate_generation
-    from scmulan.evaluate.integration import evaluate_integration
-    from scmulan.evaluate.labels import lineage_of
-
-_HOME = {
-    "evaluate_annotation": "annotation",
-    "evaluate_generation": "generation",
-    "evaluate_integration": "integration",
-    "lineage_of": "labels",
-}
-__all__ = ["evaluate_annotation", "evaluate_generation", "evaluate_integration", "lineage_of"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"scmulan.evaluate.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'scmulan.evaluate' has no attribute {name!r}")
+    from scmulan.evaluate.annotation import evaluate_annotation as evaluate_annotation
+    from scmulan.evaluate.generation import evaluate_generation as evaluate_generation
+    from scmulan.evaluate.integration import evaluate_integration as evaluate_integration
+    from scmulan.evaluate.labels import lineage_of as lineage_of

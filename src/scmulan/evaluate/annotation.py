@@ -1,78 +1,87 @@
-"""Whether a model names cells rightly, and better than logistic regression does.
+"""Evaluate annotation: scores of predicted cell types, beside logistic regression."""
 
-What the evaluation of an annotation found: numbers for machines, tables for people.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scmulan import _keys
 from scmulan._io.adata import read_column
+from scmulan._progress import SILENT, Progress
 from scmulan._text import grid, shorten
 from scmulan.errors import InputError
 from scmulan.evaluate.baselines import LogisticBaseline, LogisticConfig, TrainingFile, Tuning, read_training_file, tune
-from scmulan.evaluate.cells import (
+from scmulan.evaluate.inputs import (
     as_model,
     file_names,
     model_name,
-    named,
-    need_files,
     open_labelled,
-    read_genes,
+    read_expression,
+    require_files,
     trained_on,
+    with_source,
 )
-from scmulan.evaluate.labels import LINEAGES, OTHER, LabelMap, canonical, read_label_map
-from scmulan.evaluate.scores import Calibration, Scores, agreement, answerable, calibrate, outcomes, resolve, score
+from scmulan.evaluate.labels import LINEAGES, OTHER, LabelMap, as_label_map, canonical
+from scmulan.evaluate.scores import (
+    Calibration,
+    Scores,
+    calibrate,
+    count_outcomes,
+    is_correct,
+    known_labels,
+    score,
+    to_label_granularity,
+)
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._annotate import annotate_cells
 from scmulan.tl._smooth import smooth_types
 from scmulan.vocab.vocabulary import Family
 
+__all__ = ["AnnotationEvaluation", "FileSummary", "PredictorScores", "evaluate_annotation"]
+
 MODEL, SMOOTHED, BASELINE, POOLED = "scmulan", "scmulan, smoothed", "logistic regression", "all files"
-MISTAKES = 10
+MAX_MISTAKES = 10  # rows of the table of mistakes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileAccount:
-    """What was read of one file."""
+class FileSummary:
+    """Cells, matrix and genes that were read from one file."""
 
     name: str
     """Short name of the file."""
     cells: int
     """All cells."""
     labelled: int
-    """Cells with a label: only these are scored."""
+    """Cells with a label; only these are scored."""
     unlabelled: int
     """Cells without one (empty, missing, or mapped to nothing)."""
     matrix: str
-    """Matrix used by the model, and its state."""
+    """Matrix used by the model, and whether it holds counts or log1p values."""
     genes: str
-    """Genes of the model found."""
+    """Summary of the model's genes found."""
     trained_on: bool
-    """Whether the model's card names this file as training data: its scores are then worth nothing."""
+    """Whether the model's card names this file as training data; its scores then mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Named:
+class PredictorScores:
     """Scores of one predictor on the labelled cells of one file, or of all."""
 
     ontology: Scores
-    """A finer prediction than the true label is right."""
+    """The true label or a finer type counts as correct."""
     exact: Scores
-    """Only the true label itself is right."""
+    """Only the true label itself counts as correct."""
     groups: Scores | None
-    """True and predicted group (lineage) are the same; None where no groups were asked for."""
+    """Scores of groups (lineages) instead of types; None where no groups were requested."""
     outcomes: dict[str, int]
     """Cells whose prediction is ``exact``, ``finer``, ``coarser`` or ``other``."""
     calibration: Calibration | None
-    """Whether the probability is that of being right (by the ontology); None where there is none."""
+    """Calibration of the probability (of being correct by the ontology); None where there is none."""
     unknown_types: dict[str, int]
-    """True types, with their cells, for which the predictor has no right answer."""
+    """True types, with their cells, for which the predictor's vocabulary holds no correct answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,23 +93,23 @@ class AnnotationEvaluation:
     weights_hash: str
     """sha256 of its weights."""
     rule: str
-    """Rule by which it named cells."""
+    """Rule of the annotation."""
     labels: str
     """Column of the true labels."""
-    files: list[FileAccount]
-    """What was read."""
-    results: dict[str, dict[str, Named]]
+    files: list[FileSummary]
+    """Files that were read."""
+    results: dict[str, dict[str, PredictorScores]]
     """Predictor (``scmulan``, ``scmulan, smoothed``, ``logistic regression``) → file, or ``all files`` where there are
     several → scores."""
     baseline: dict[str, Any] | None
-    """Training files, settings and their choice of the baseline."""
+    """Training files of the baseline, its settings and how they were chosen."""
 
     def to_json(self) -> dict[str, Any]:
-        """Contents as plain JSON types."""
+        """Return the contents as plain JSON types."""
         return asdict(self)
 
     def table(self) -> str:
-        """Scores as text: a line per predictor and file, then per type, then the most frequent mistakes."""
+        """Return the scores as text: a line per predictor and file, then per type, then the most frequent mistakes."""
         return "\n\n".join(_sections(self))
 
 
@@ -115,10 +124,10 @@ def _sections(result: AnnotationEvaluation) -> list[str]:
     last = list(result.results[MODEL])[-1]
     sections.append(_per_type(result, last))
     for predictor in result.results:
-        named_by = result.results[predictor][last]
-        sections.append(f"Mistakes of {predictor}, {last}\n{_mistakes(named_by.ontology)}")
-        if named_by.unknown_types:
-            listed = ", ".join(f"{t} ({n:,})" for t, n in named_by.unknown_types.items())
+        scores = result.results[predictor][last]
+        sections.append(f"Mistakes of {predictor}, {last}\n{_mistakes(scores.ontology)}")
+        if scores.unknown_types:
+            listed = ", ".join(f"{t} ({n:,})" for t, n in scores.unknown_types.items())
             sections.append(f"{predictor} cannot name: {listed}")
     if result.results[MODEL][last].groups is not None:
         sections.append(_lineages(result, last))
@@ -136,11 +145,11 @@ def _sections(result: AnnotationEvaluation) -> list[str]:
 def _headline(result: AnnotationEvaluation) -> str:
     rows = []
     for predictor, by_file in result.results.items():
-        for name, n in by_file.items():
-            o, group, cal = n.ontology, n.groups, n.calibration
-            row = [predictor, shorten(name), o.n, o.accuracy, o.macro_f1, o.accuracy_known, n.exact.accuracy]
-            row += [] if group is None else [group.accuracy]
-            row += [None] * 3 if cal is None else [cal.mean_right, cal.mean_wrong, cal.error]
+        for name, scores in by_file.items():
+            o, groups, c = scores.ontology, scores.groups, scores.calibration
+            row = [predictor, shorten(name), o.n, o.accuracy, o.macro_f1, o.accuracy_known, scores.exact.accuracy]
+            row += [] if groups is None else [groups.accuracy]
+            row += [None] * 3 if c is None else [c.mean_right, c.mean_wrong, c.error]
             rows.append(row)
     grouped = result.results[MODEL][next(iter(result.results[MODEL]))].groups is not None
     header = ["predictor", "file", "cells", "accuracy", "macro F1", "known types", "exact"]
@@ -169,8 +178,8 @@ def _mistakes(scores: Scores) -> str:
         if n and truth != predicted
     ]
     pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
-    rows = [[shorten(t), shorten(p), n, n / total] for n, t, p, total in pairs[:MISTAKES]]
-    rest = sum(pair[0] for pair in pairs[MISTAKES:])
+    rows = [[shorten(t), shorten(p), n, n / total] for n, t, p, total in pairs[:MAX_MISTAKES]]
+    rest = sum(pair[0] for pair in pairs[MAX_MISTAKES:])
     text = grid(["true", "given", "cells", "of the type"], rows, text=2) if rows else "none"
     return f"{text}\nand {rest:,} cells with rarer mistakes" if rest else text
 
@@ -192,11 +201,6 @@ def _lineages(result: AnnotationEvaluation, name: str) -> str:
     return "\n\n".join(parts)
 
 
-__all__ = ["AnnotationEvaluation", "FileAccount", "Named", "evaluate_annotation"]
-
-Progress = Callable[[str], None]
-
-
 def evaluate_annotation(
     model: LoadedModel | str | Path,
     data: Sequence[str | Path],
@@ -211,9 +215,9 @@ def evaluate_annotation(
     smooth: bool = False,
     min_genes: int = 20,
     seed: int = 0,
-    progress: Progress = lambda text: None,
+    progress: Progress = SILENT,
 ) -> AnnotationEvaluation:
-    """Score the cell types that a model gives to the cells of labelled files.
+    """Score the cell types that a model predicts for the cells of labelled files.
 
     Parameters
     ----------
@@ -222,8 +226,8 @@ def evaluate_annotation(
     data
         Labelled h5ad files.
     labels
-        Column of ``obs`` with the true labels: Cell Ontology ids or names, or names of the field; cells without are
-        left out and counted.
+        Column of ``obs`` with the true labels: Cell Ontology ids or names, or the usual short names; cells without
+        label are left out and counted.
     mapping
         What the labels mean, where their names do not say it: a table, see
         :func:`scmulan.evaluate.labels.read_label_map`. Its groups, if it has any, are scored too.
@@ -232,18 +236,18 @@ def evaluate_annotation(
     train
         Labelled files to train logistic regression on (default: no baseline).
     train_labels, train_mapping
-        Their column and table (default: as for ``data``, and none).
+        Their column and table (default: the column of ``data``, and no table).
     rule
         Rule of :func:`scmulan.tl.annotate`.
     smooth
-        Score the types that :func:`scmulan.tl.smooth` makes of them, too: neighbours are sought within each file, with
-        and without a label.
+        Score the types of :func:`scmulan.tl.smooth` too: neighbours are sought among all cells of a file, with and
+        without a label.
     min_genes
-        Fewest genes of the model that a file must have.
+        Minimum number of the model's genes that a file must have.
     seed
-        Of the choice of the baseline's settings.
+        Seed of the choice of the baseline's settings.
     progress
-        Called with a line of text now and then.
+        Shows what is being done.
 
     Returns
     -------
@@ -254,61 +258,50 @@ def evaluate_annotation(
     InputError
         If a file cannot be used, no cell of it is labelled, or one is both tested and trained on.
     """
-    need_files(data)
+    require_files(data)
     both = {Path(p).resolve() for p in data} & {Path(p).resolve() for p in train}
     if both:
         raise InputError(f"{min(both)}: is to be tested and trained on; leave it out of one of the two")
     loaded = as_model(model)
-    table = _read_map(mapping) or LabelMap()
-    grouped = lineages or bool(table.groups)
+    label_map = as_label_map(mapping)
     names = file_names(data)
-    training = _read_training(train, train_labels or labels, _read_map(train_mapping))
+    training = _read_training(train, train_labels or labels, as_label_map(train_mapping))
     tuning = tune(training, seed=seed, progress=progress) if training else None
-    accounts, cells = [], []
+    files = []
     for path, name in zip(data, names, strict=True):
-        progress(f"{name}: naming cells")
-        account, found = _name_cells(loaded, path, name, labels, table, rule, smooth, min_genes)
-        accounts.append(account)
+        file = _LabelledFile(path, name, labels, label_map)
+        progress.log(f"{name}: naming cells")
+        file.annotate(loaded, rule, smooth=smooth, min_genes=min_genes)
         if tuning is not None:
-            progress(f"{name}: training logistic regression")
-            _name_with_baseline(found, path, training, tuning.config)
-        cells.append(found)
+            progress.log(f"{name}: training logistic regression")
+            file.annotate_with_baseline(training, tuning.config)
+        files.append(file)
     vocabularies = {MODEL: loaded.vocabulary.names(Family.FINE)}
     if smooth:
         vocabularies[SMOOTHED] = vocabularies[MODEL]
     if tuning is not None:
-        vocabularies[BASELINE] = sorted({t for found in cells for t in found.baseline_types})
-    results: dict[str, dict[str, Named]] = {}
-    for predictor, vocabulary in vocabularies.items():
-        parts = [found.part(predictor) for found in cells]
-        results[predictor] = {
-            name: _score(part, vocabulary, table if grouped else None) for name, part in zip(names, parts, strict=True)
-        }
-        if len(parts) > 1:
-            pooled = _Part(*(np.concatenate([getattr(p, f) for p in parts]) for f in _Part.__slots__))
-            results[predictor][POOLED] = _score(pooled, vocabulary, table if grouped else None)
+        vocabularies[BASELINE] = sorted({t for file in files for t in file.baseline_types})
+    groups = label_map if lineages or label_map.groups else None
     return AnnotationEvaluation(
         model=model_name(loaded),
         weights_hash=loaded.weights_hash,
         rule=rule,
         labels=labels,
-        files=accounts,
-        results=results,
-        baseline=None if tuning is None else _describe(training, tuning, cells),
+        files=[file.summary for file in files],
+        results={
+            predictor: _score_files([file.predictions[predictor] for file in files], names, vocabulary, groups)
+            for predictor, vocabulary in vocabularies.items()
+        },
+        baseline=None if tuning is None else _describe_baseline(training, tuning, files),
     )
 
 
-def _read_map(mapping: str | Path | LabelMap | None) -> LabelMap | None:
-    return mapping if mapping is None or isinstance(mapping, LabelMap) else read_label_map(mapping)
-
-
-def _read_training(paths: Sequence[str | Path], labels: str, mapping: LabelMap | None) -> list[TrainingFile]:
+def _read_training(paths: Sequence[str | Path], labels: str, mapping: LabelMap) -> list[TrainingFile]:
     return [read_training_file(p, labels, mapping, name) for p, name in zip(paths, file_names(paths), strict=True)]
 
 
-@dataclass(slots=True)
-class _Part:
-    """Labels of cells by one predictor."""
+class _Predictions(NamedTuple):
+    """Labels of the labelled cells of one file by one predictor, ``[cells]`` each."""
 
     raw: np.ndarray  # true labels as in the file
     truth: np.ndarray  # their cell types
@@ -316,98 +309,101 @@ class _Part:
     probability: np.ndarray
 
 
-@dataclass(slots=True)
-class _FileCells:
-    """Labelled cells of one file with what each predictor says."""
+class _LabelledFile:
+    """Labelled cells of one file, and what each predictor predicts for them."""
 
-    rows: np.ndarray
-    raw: np.ndarray
-    truth: np.ndarray
-    said: dict[str, tuple[np.ndarray, np.ndarray]]  # predictor → types and their probabilities
-    baseline_types: Sequence[str] = ()
-    baseline_genes: int = 0
+    def __init__(self, path: str | Path, name: str, labels: str, label_map: LabelMap) -> None:
+        self.path, self.name = path, name
+        self.adata = open_labelled(path)
+        self.raw = read_column(self.adata.obs, labels, str(path))
+        label_map.check(self.raw, str(path))
+        self.truth = np.array([label_map.term(label) for label in self.raw], dtype=object)
+        self.rows = np.flatnonzero(self.truth != "")
+        if not len(self.rows):
+            raise InputError(f"{path}: no labelled cell in column {labels!r}; expected cell types or CL ids")
+        self.predictions: dict[str, _Predictions] = {}
+        self.baseline_types: list[str] = []
+        self.n_baseline_genes = 0
 
-    def part(self, predictor: str) -> _Part:
-        return _Part(self.raw, self.truth, *self.said[predictor])
+    def annotate(
+        self, model: LoadedModel, rule: Literal["default", "release"], *, smooth: bool, min_genes: int
+    ) -> None:
+        """Predict types by the model and, if requested, by the vote of neighbours."""
+        with with_source(self.path):
+            found = annotate_cells(
+                self.adata, model, rule=rule, min_genes=min_genes, precision="fp32", keep_hidden=smooth
+            )
+        self.summary = FileSummary(
+            name=self.name,
+            cells=len(self.raw),
+            labelled=len(self.rows),
+            unlabelled=len(self.raw) - len(self.rows),
+            matrix=f"{found.uns['matrix']['where']}, {found.uns['matrix']['state']}",
+            genes=str(found.uns["summary"]).splitlines()[0],
+            trained_on=trained_on(model, self.path),
+        )
+        self._add(MODEL, _canonical_types(found.obs[_keys.CELL_TYPE]), found.obs[_keys.PROBABILITY].to_numpy())
+        if found.hidden is not None:
+            smoothed = smooth_types(found.obs[_keys.CELL_TYPE], found.hidden.load())
+            self._add(
+                SMOOTHED, _canonical_types(smoothed[_keys.SMOOTHED]), smoothed[_keys.SMOOTHED_FRACTION].to_numpy()
+            )
+
+    def annotate_with_baseline(self, training: Sequence[TrainingFile], config: LogisticConfig) -> None:
+        """Predict types by logistic regression on the genes shared with the training files."""
+        cells = read_expression(open_labelled(self.path), str(self.path))
+        baseline = LogisticBaseline(training, cells.genes, config)
+        self._add(BASELINE, *baseline.predict(cells))
+        self.baseline_types, self.n_baseline_genes = baseline.types, len(baseline.genes)
+
+    def _add(self, predictor: str, types: np.ndarray, probability: np.ndarray) -> None:
+        rows = self.rows
+        self.predictions[predictor] = _Predictions(self.raw[rows], self.truth[rows], types[rows], probability[rows])
 
 
-def _name_cells(
-    model: LoadedModel,
-    path: str | Path,
-    name: str,
-    labels: str,
-    table: LabelMap,
-    rule: Literal["default", "release"],
-    smooth: bool,
-    min_genes: int,
-) -> tuple[FileAccount, _FileCells]:
-    adata = open_labelled(path)
-    raw = read_column(adata.obs, labels, str(path))
-    table.check(raw, str(path))
-    truth = np.array([table.term(label) for label in raw], dtype=object)
-    rows = np.flatnonzero(truth != "")
-    if not len(rows):
-        raise InputError(f"{path}: no labelled cell in column {labels!r}; expected cell types or CL ids")
-    with named(path):
-        found = annotate_cells(adata, model, rule=rule, min_genes=min_genes, precision="fp32", keep_hidden=smooth)
-    account = FileAccount(
-        name=name,
-        cells=len(raw),
-        labelled=len(rows),
-        unlabelled=len(raw) - len(rows),
-        matrix=f"{found.uns['matrix']['where']}, {found.uns['matrix']['state']}",
-        genes=str(found.uns["summary"]).splitlines()[0],
-        trained_on=trained_on(model, path),
-    )
-    said = {MODEL: (_types(found.obs[_keys.CELL_TYPE])[rows], found.obs[_keys.PROBABILITY].to_numpy()[rows])}
-    if found.hidden is not None:
-        voted = smooth_types(found.obs[_keys.CELL_TYPE], found.hidden.load())
-        said[SMOOTHED] = _types(voted[_keys.SMOOTHED])[rows], voted[_keys.SMOOTHED_FRACTION].to_numpy()[rows]
-    return account, _FileCells(rows, raw[rows], truth[rows], said)
-
-
-def _types(labels: pd.Series) -> np.ndarray:
+def _canonical_types(labels: pd.Series) -> np.ndarray:
     return np.array([canonical(label) for label in labels.astype(str)], dtype=object)
 
 
-def _name_with_baseline(
-    found: _FileCells, path: str | Path, training: Sequence[TrainingFile], config: LogisticConfig
-) -> None:
-    cells = read_genes(open_labelled(path), str(path))
-    baseline = LogisticBaseline(training, cells.genes, config)
-    predicted, probability = baseline.predict(cells)
-    found.said[BASELINE] = predicted[found.rows], probability[found.rows]
-    found.baseline_types, found.baseline_genes = baseline.types, len(baseline.genes)
+def _score_files(
+    files: Sequence[_Predictions], names: Sequence[str], vocabulary: Sequence[str], groups: LabelMap | None
+) -> dict[str, PredictorScores]:
+    """Score the predictions for each file and, where there are several, for all cells together."""
+    scores = {name: _score(file, vocabulary, groups) for name, file in zip(names, files, strict=True)}
+    if len(files) > 1:
+        pooled = _Predictions(*(np.concatenate(arrays) for arrays in zip(*files, strict=True)))
+        scores[POOLED] = _score(pooled, vocabulary, groups)
+    return scores
 
 
-def _score(part: _Part, vocabulary: Sequence[str], groups: LabelMap | None) -> Named:
-    truth, predicted = part.truth, part.predicted
-    spelled = {canonical(word) for word in vocabulary}
-    known = answerable(truth, vocabulary)
-    right = agreement(truth, predicted)
+def _score(cells: _Predictions, vocabulary: Sequence[str], groups: LabelMap | None) -> PredictorScores:
+    truth, predicted = cells.truth, cells.predicted
+    known = known_labels(truth, vocabulary)
     names, n = np.unique(truth.astype(str), return_counts=True)
-    return Named(
-        ontology=score(truth, resolve(truth, predicted), known),
-        exact=score(truth, predicted, spelled),
-        groups=None if groups is None else _score_groups(part, vocabulary, groups),
-        outcomes=outcomes(truth, predicted),
-        calibration=calibrate(right, part.probability),
+    return PredictorScores(
+        ontology=score(truth, to_label_granularity(truth, predicted), known),
+        exact=score(truth, predicted, {canonical(name) for name in vocabulary}),
+        groups=None if groups is None else _score_groups(cells, vocabulary, groups),
+        outcomes=count_outcomes(truth, predicted),
+        calibration=calibrate(is_correct(truth, predicted), cells.probability),
         unknown_types={t: int(c) for t, c in zip(names, n, strict=True) if t not in known},
     )
 
 
-def _score_groups(part: _Part, vocabulary: Sequence[str], table: LabelMap) -> Scores:
-    of_label = {label: table.true_group(label) for label in set(part.raw)}
-    of_type = {term: table.group_of(term) for term in {*part.predicted, *vocabulary}}
-    truth = np.array([of_label[label] for label in part.raw], dtype=object)
-    predicted = np.array([of_type[term] for term in part.predicted], dtype=object)
-    return score(truth, predicted, {of_type[word] for word in vocabulary})
+def _score_groups(cells: _Predictions, vocabulary: Sequence[str], label_map: LabelMap) -> Scores:
+    group_of_label = {label: label_map.true_group(label) for label in set(cells.raw)}
+    group_of_type = {term: label_map.group_of(term) for term in {*cells.predicted, *vocabulary}}
+    truth = np.array([group_of_label[label] for label in cells.raw], dtype=object)
+    predicted = np.array([group_of_type[term] for term in cells.predicted], dtype=object)
+    return score(truth, predicted, {group_of_type[name] for name in vocabulary})
 
 
-def _describe(training: Sequence[TrainingFile], tuning: Tuning, cells: Sequence[_FileCells]) -> dict[str, Any]:
+def _describe_baseline(
+    training: Sequence[TrainingFile], tuning: Tuning, files: Sequence[_LabelledFile]
+) -> dict[str, Any]:
     return {
         "files": {file.name: len(file.labels) for file in training},
         "types": len({label for file in training for label in file.labels}),
-        "genes": [found.baseline_genes for found in cells],
+        "genes": [file.n_baseline_genes for file in files],
         **asdict(tuning),
     }

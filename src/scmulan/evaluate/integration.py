@@ -1,8 +1,8 @@
-"""Whether an embedding keeps cell types together and mixes batches: scib-metrics, beside PCA."""
+"""Evaluate integration: scib-metrics of embeddings, beside PCA."""
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,37 +14,37 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmulan._io.adata import read_column
+from scmulan._progress import SILENT, Progress
 from scmulan._text import grid
 from scmulan.errors import InputError
-from scmulan.evaluate.cells import (
-    GeneCells,
+from scmulan.evaluate.inputs import (
+    Expression,
     as_model,
     file_names,
-    ignoring,
+    ignore_warnings,
     model_name,
-    named,
-    need,
-    need_files,
     open_labelled,
-    read_genes,
+    optional_packages,
+    read_expression,
+    require_files,
     trained_on,
+    with_source,
 )
-from scmulan.evaluate.labels import LabelMap, read_label_map
+from scmulan.evaluate.labels import LabelMap, as_label_map
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._embed import embed_cells
 
 __all__ = ["IntegrationEvaluation", "evaluate_integration"]
 
-FEWEST = 5  # cells of a type, in the sample: metrics of single cells say nothing
-NEIGHBOURS = 90  # the most that a metric of scib-metrics asks for
+MIN_CELLS_PER_TYPE = 5  # in the sample: metrics of single cells say nothing
+MAX_NEIGHBOURS = 90  # largest number of neighbours that a metric of scib-metrics uses
 AGGREGATES = ("Bio conservation", "Batch correction", "Total")
 Rule = Literal["default", "release"]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IntegrationEvaluation:
-    """scib-metrics of embeddings of the same cells."""
+    """Scores by scib-metrics of embeddings of the same cells."""
 
     model: str
     """Name of the model."""
@@ -61,9 +61,9 @@ class IntegrationEvaluation:
     cells: int
     """Cells scored."""
     of: int
-    """Labelled cells that they were drawn from."""
+    """Labelled cells that these were drawn from."""
     seed: int
-    """Of the draw, and of PCA."""
+    """Seed of the draw, and of PCA."""
     types: dict[str, int]
     """Cells of each type."""
     batches: dict[str, int]
@@ -71,7 +71,7 @@ class IntegrationEvaluation:
     left_out: dict[str, int]
     """Types with too few cells in the sample, left out."""
     genes: int
-    """Genes that all files share; PCA sees the most variable of them."""
+    """Genes that all files share; PCA uses the most variable of them."""
     dimensions: dict[str, int]
     """Width of each embedding."""
     metrics: dict[str, str]
@@ -81,11 +81,11 @@ class IntegrationEvaluation:
     conservation + 0.4 × batch correction."""
 
     def to_json(self) -> dict[str, Any]:
-        """Contents as plain JSON types."""
+        """Return the contents as plain JSON types."""
         return asdict(self)
 
     def table(self) -> str:
-        """Scores as text, a column per embedding."""
+        """Return the scores as text, a column per embedding."""
         names = list(self.results)
         rows = [
             [metric, kind, *(self.results[name][metric] for name in names)] for metric, kind in self.metrics.items()
@@ -100,7 +100,7 @@ class IntegrationEvaluation:
         )
         notes = []
         if self.left_out:
-            notes.append(f"left out, fewer than {FEWEST} cells: " + ", ".join(self.left_out))
+            notes.append(f"left out, fewer than {MIN_CELLS_PER_TYPE} cells: " + ", ".join(self.left_out))
         if self.trained_on:
             notes.append(f"among the model's training data, whose scores say little: {', '.join(self.trained_on)}")
         return "\n\n".join([head, grid(["metric", "about", *names], rows, text=2), *notes])
@@ -120,9 +120,9 @@ def evaluate_integration(
     kbet: bool = False,
     min_genes: int = 20,
     seed: int = 0,
-    progress: Progress = lambda text: None,
+    progress: Progress = SILENT,
 ) -> IntegrationEvaluation:
-    """Score embeddings of labelled cells of several batches.
+    """Score whether embeddings keep cell types together and mix batches.
 
     Parameters
     ----------
@@ -139,17 +139,17 @@ def evaluate_integration(
     rules
         Embeddings of :func:`scmulan.tl.embed` to score.
     max_cells
-        Most cells, drawn at random.
+        Maximum number of cells, drawn at random.
     hvg, dimensions
-        Genes that PCA sees, and its width.
+        Number of most variable genes for PCA, and number of its components.
     kbet
-        Take kBET per label too, which needs more time than all other metrics together.
+        Compute kBET per label too, which takes longer than all other metrics together.
     min_genes
-        Fewest genes of the model that a file must have.
+        Minimum number of the model's genes that a file must have.
     seed
-        Of the draw, and of PCA.
+        Seed of the draw, and of PCA.
     progress
-        Called with a line of text now and then.
+        Shows what is being done.
 
     Returns
     -------
@@ -163,31 +163,31 @@ def evaluate_integration(
     InputError
         If a file cannot be used, or the cells are of fewer than two types or batches.
     """
-    need_files(data)
+    require_files(data)
     loaded = as_model(model)
-    table = LabelMap() if mapping is None else mapping if isinstance(mapping, LabelMap) else read_label_map(mapping)
     names = file_names(data)
-    obs = [_read_obs(path, name, labels, batch, table) for path, name in zip(data, names, strict=True)]
-    every = pd.concat([part[part["type"] != ""] for part in obs], ignore_index=True)
-    chosen, left_out = _draw(every, max_cells, seed)
+    label_map = as_label_map(mapping)
+    obs = [_read_obs(path, name, labels, batch, label_map) for path, name in zip(data, names, strict=True)]
+    labelled = pd.concat([cells[cells["type"] != ""] for cells in obs], ignore_index=True)
+    drawn, left_out = _draw_cells(labelled, max_cells, seed)
     embeddings: dict[str, list[np.ndarray]] = {f"X_scmulan ({rule})": [] for rule in rules}
-    genes: list[GeneCells] = []
+    expression: list[Expression] = []
     for path, name in zip(data, names, strict=True):
-        rows = chosen.loc[chosen["file"] == name, "row"].to_numpy()
+        rows = drawn.loc[drawn["file"] == name, "row"].to_numpy()
         if not len(rows):
             continue
-        progress(f"{name}: embedding {len(rows):,} cells")
+        progress.log(f"{name}: embedding {len(rows):,} cells")
         adata = open_labelled(path, rows)
-        with named(path):
-            genes.append(read_genes(adata, str(path)))
+        with with_source(path):
+            expression.append(read_expression(adata, str(path)))
             for rule in rules:
                 embedding = embed_cells(adata, loaded, rule=rule, min_genes=min_genes, precision="fp32").values
                 embeddings[f"X_scmulan ({rule})"].append(embedding)
-    progress("PCA")
-    pca, shared = _pca(genes, chosen["batch"].to_numpy(), hvg, dimensions, seed)
-    spaces = {"X_pca": pca, **{name: np.concatenate(parts) for name, parts in embeddings.items()}}
-    progress("scib-metrics")
-    results, metrics = _benchmark(spaces, chosen["type"].to_numpy(), chosen["batch"].to_numpy(), kbet)
+    progress.log("PCA")
+    pca, n_shared = _pca(expression, drawn["batch"].to_numpy(), hvg, dimensions, seed)
+    spaces = {"X_pca": pca, **{name: np.concatenate(blocks) for name, blocks in embeddings.items()}}
+    progress.log("scib-metrics")
+    results, metrics = score_embeddings(spaces, drawn["type"].to_numpy(), drawn["batch"].to_numpy(), kbet=kbet)
     return IntegrationEvaluation(
         model=model_name(loaded),
         weights_hash=loaded.weights_hash,
@@ -195,26 +195,26 @@ def evaluate_integration(
         trained_on=[name for path, name in zip(data, names, strict=True) if trained_on(loaded, path)],
         labels=labels,
         batch=batch or "file",
-        cells=len(chosen),
-        of=len(every),
+        cells=len(drawn),
+        of=len(labelled),
         seed=seed,
-        types=_counts(chosen["type"]),
-        batches=_counts(chosen["batch"]),
+        types=_counts(drawn["type"]),
+        batches=_counts(drawn["batch"]),
         left_out=left_out,
-        genes=shared,
+        genes=n_shared,
         dimensions={name: space.shape[1] for name, space in spaces.items()},
         metrics=metrics,
         results=results,
     )
 
 
-def _read_obs(path: str | Path, name: str, labels: str, batch: str | None, table: LabelMap) -> pd.DataFrame:
+def _read_obs(path: str | Path, name: str, labels: str, batch: str | None, label_map: LabelMap) -> pd.DataFrame:
     obs = open_labelled(path).obs
     raw = read_column(obs, labels, str(path))
-    table.check(raw, str(path))
+    label_map.check(raw, str(path))
     batches = np.full(len(obs), name, dtype=object) if batch is None else read_column(obs, batch, str(path))
     return pd.DataFrame(
-        {"file": name, "row": np.arange(len(obs)), "type": [table.term(label) for label in raw], "batch": batches}
+        {"file": name, "row": np.arange(len(obs)), "type": [label_map.term(label) for label in raw], "batch": batches}
     )
 
 
@@ -222,13 +222,13 @@ def _counts(values: pd.Series) -> dict[str, int]:
     return {str(name): int(n) for name, n in values.value_counts().items()}
 
 
-def _draw(every: pd.DataFrame, most: int, seed: int) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Draw cells in the order of the files, and drop the types that are then too few."""
-    every = every[every["batch"] != ""]
-    rows = np.sort(np.random.default_rng(seed).permutation(len(every))[:most])
-    drawn = every.iloc[rows].reset_index(drop=True)
+def _draw_cells(cells: pd.DataFrame, max_cells: int, seed: int) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Draw cells, in the order of the files; drop the types with too few of them, and count those dropped."""
+    cells = cells[cells["batch"] != ""]
+    rows = np.sort(np.random.default_rng(seed).permutation(len(cells))[:max_cells])
+    drawn = cells.iloc[rows].reset_index(drop=True)
     n = drawn["type"].map(drawn["type"].value_counts())
-    chosen = drawn[n >= FEWEST].reset_index(drop=True)
+    chosen = drawn[n >= MIN_CELLS_PER_TYPE].reset_index(drop=True)
     for what in ("type", "batch"):
         if chosen[what].nunique() < 2:
             raise InputError(
@@ -236,36 +236,59 @@ def _draw(every: pd.DataFrame, most: int, seed: int) -> tuple[pd.DataFrame, dict
                 f"{', '.join(map(repr, chosen[what].unique())) or 'none'} among {len(drawn):,} labelled cells; give "
                 + ("another column of labels" if what == "type" else "a column of batches, or several files")
             )
-    if len(chosen) <= NEIGHBOURS:
-        raise InputError(f"integration needs more than {NEIGHBOURS} labelled cells: {len(chosen)} found")
-    return chosen, _counts(drawn.loc[n < FEWEST, "type"])
+    if len(chosen) <= MAX_NEIGHBOURS:
+        raise InputError(f"integration needs more than {MAX_NEIGHBOURS} labelled cells: {len(chosen)} found")
+    return chosen, _counts(drawn.loc[n < MIN_CELLS_PER_TYPE, "type"])
 
 
 def _pca(
-    parts: Sequence[GeneCells], batches: np.ndarray, hvg: int, dimensions: int, seed: int
+    files: Sequence[Expression], batches: np.ndarray, hvg: int, dimensions: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """PCA as scanpy's users do it: counts per 10,000, log1p, highly variable genes by batch."""
-    with need("the integration benchmark"):
+    """Compute scanpy's usual PCA (counts per 10,000, log1p, highly variable genes by batch), and count shared genes."""
+    with optional_packages("the integration benchmark"):
         import scanpy as sc
-    shared = sorted(set.intersection(*(set(part.genes) for part in parts)))
+    shared = sorted(set.intersection(*(set(file.genes) for file in files)))
     if len(shared) <= dimensions:
         raise InputError(f"the files share {len(shared):,} genes: PCA needs more than {dimensions}")
-    x = sp.vstack([part.log1p(shared) for part in parts], format="csr")
+    x = sp.vstack([file.log1p(shared) for file in files], format="csr")
     obs = pd.DataFrame({"batch": pd.Categorical(batches)}, index=[str(i) for i in range(x.shape[0])])
     adata = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pd.Index(shared)))
     adata.uns["log1p"] = {}
-    # Of few cells some bins of the mean hold one gene; scanpy then says how it ranks this one.
-    with ignoring("Some of the genes"):
+    # With few cells some bins of the mean hold one gene; scanpy then warns about how it ranks this gene.
+    with ignore_warnings("Some of the genes"):
         sc.pp.highly_variable_genes(adata, n_top_genes=min(hvg, len(shared)), batch_key="batch")
     sc.pp.pca(adata, n_comps=min(dimensions, x.shape[0] - 1), mask_var="highly_variable", random_state=seed)
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32), len(shared)
 
 
-def _benchmark(
-    spaces: dict[str, np.ndarray], types: np.ndarray, batches: np.ndarray, kbet: bool
+def score_embeddings(
+    spaces: dict[str, np.ndarray], types: np.ndarray, batches: np.ndarray, *, kbet: bool = False
 ) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:
-    # UMAP, which scib-metrics imports, tells developers what one of its own extras would need.
-    with need("the integration benchmark"), ignoring("Tensorflow not installed"):
+    """Compute scib-metrics of embeddings of the same cells.
+
+    Parameters
+    ----------
+    spaces
+        Name → embedding ``[cells, width]``; ``X_pca`` must be among them, for the PCR comparison.
+    types, batches
+        ``[cells]`` each.
+    kbet
+        Compute kBET per label too.
+
+    Returns
+    -------
+    results : dict
+        Embedding → metric → value.
+    metrics : dict
+        Metric → ``Bio conservation`` or ``Batch correction``.
+
+    Raises
+    ------
+    ScmulanError
+        If scib-metrics or scikit-learn is not installed.
+    """
+    # UMAP, which scib-metrics imports, warns that one of its own extras is missing.
+    with optional_packages("the integration benchmark"), ignore_warnings("Tensorflow not installed"):
         from scib_metrics.benchmark import BatchCorrection, Benchmarker
         from scib_metrics.nearest_neighbors import NeighborsResults
         from sklearn.neighbors import NearestNeighbors
@@ -284,28 +307,28 @@ def _benchmark(
         pre_integrated_embedding_obsm_key="X_pca",
         progress_bar=False,
     )  # fmt: skip
-    # PCR comparison is 0 where an embedding has more of the batch than PCA; its own warning says so.
-    with _quick_and_quiet(), ignoring("PCR comparison score is negative"):
+    # PCR comparison is 0 where an embedding has more of the batch than PCA; scib-metrics warns of it.
+    with quiet_scib_metrics(), ignore_warnings("PCR comparison score is negative"):
         benchmarker.prepare(neighbours)
         benchmarker.benchmark()
         frame = benchmarker.get_results()
     kinds = frame.loc["Metric Type"]
     values = {
-        str(name): {str(m): _number(frame.loc[name, m]) for m in frame.columns}
+        str(name): {str(m): _finite(frame.loc[name, m]) for m in frame.columns}
         for name in frame.index.drop("Metric Type")
     }
     return values, {str(m): str(kind) for m, kind in kinds.items() if kind != "Aggregate score"}
 
 
-def _number(value: Any) -> float | None:
+def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(float(value)) else None
 
 
 @contextmanager
-def _quick_and_quiet() -> Iterator[None]:
-    """Keep scib-metrics from printing on standard output, and from walking through everything that lives.
+def quiet_scib_metrics() -> Iterator[None]:
+    """Keep scib-metrics from logging to standard output, and from collecting garbage in all of memory.
 
-    It says there that a type is too rare for one of its metrics, and collects garbage before each metric, which with
+    It logs there that a type is too rare for one of its metrics, and collects garbage before each metric, which with
     torch, JAX and scanpy in memory takes longer than the metrics do.
     """
     logger = logging.getLogger("scib_metrics")

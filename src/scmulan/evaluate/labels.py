@@ -1,4 +1,4 @@
-"""Labels of people's files: read, mapped to the Cell Ontology, and put into lineages or other groups."""
+"""Labels of users' files: read, mapped to the Cell Ontology, and grouped into lineages or other groups."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -9,7 +9,15 @@ from scmulan.errors import InputError
 from scmulan.resources import read_text
 from scmulan.vocab.ontology import Ontology
 
-__all__ = ["LINEAGES", "OTHER", "LabelMap", "canonical", "lineage_of", "read_label_map"]
+__all__ = [
+    "LINEAGES",
+    "OTHER",
+    "LabelMap",
+    "as_label_map",
+    "canonical",
+    "lineage_of",
+    "read_label_map",
+]
 
 # Roots of each lineage, in the order in which they are tried: dendritic cells are mononuclear phagocytes too, and some
 # monocytes count as precursors in the ontology.
@@ -26,7 +34,7 @@ OTHER = "other"
 
 @cache
 def lineage_of(label: str) -> str:
-    """Lineage of a blood or immune cell type.
+    """Return the lineage of a blood or immune cell type.
 
     Parameters
     ----------
@@ -49,7 +57,7 @@ def lineage_of(label: str) -> str:
 
 
 def canonical(label: str) -> str:
-    """One spelling for all names of a cell type: the Cell Ontology's, or the label itself where it is unknown there."""
+    """Return the Cell Ontology's name of a cell type, or the label itself where the ontology does not know it."""
     ontology = Ontology.load()
     identifier = ontology.find(label)
     return label if identifier is None else ontology.name(identifier)
@@ -57,28 +65,28 @@ def canonical(label: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelMap:
-    """What the labels of a file mean."""
+    """Meaning of the labels of a file."""
 
     terms: dict[str, str] = field(default_factory=dict)
-    """Label to the cell type that it means, a CL id or a name; ``""`` leaves its cells out."""
+    """Label → the cell type that it means, a CL id or a name; ``""`` leaves its cells out."""
     groups: dict[str, str] = field(default_factory=dict)
-    """Label to the group that is scored beside the type, such as its lineage; several labels may share one."""
+    """Label → the group that is scored beside the type, such as its lineage; several labels may share one."""
     source: str = ""
-    """File that it was read from."""
+    """File that the map was read from."""
 
     def term(self, label: str) -> str:
-        """Cell type of a label in the ontology's spelling; a label that the map lacks stands for itself."""
+        """Return the cell type of a label in the ontology's spelling; a label that the map lacks stands for itself."""
         return canonical(self.terms.get(label, label)) if label else ""
 
     def true_group(self, label: str) -> str:
-        """Group of a true label: as the map says, otherwise that of its cell type."""
+        """Return the group of a true label: the one in the map, otherwise that of its cell type."""
         return self.groups.get(label) or self.group_of(self.term(label))
 
     def group_of(self, term: str) -> str:
-        """Group of any cell type, a predicted one say.
+        """Return the group of any cell type, such as a predicted one.
 
-        A map whose groups are lineages uses :func:`lineage_of`. Of any other the row for this type counts, then the
-        nearest ancestor that has a row, then it is ``"other"``.
+        A map whose groups are lineages uses :func:`lineage_of`. Any other map is searched for the type itself, then for
+        the nearest ancestor in the ontology; a type without either is ``"other"``.
         """
         if set(self.groups.values()) <= {*LINEAGES, OTHER}:
             return lineage_of(term)
@@ -89,22 +97,18 @@ class LabelMap:
         if found is None:
             return OTHER
         rows = {ontology.find(self.terms.get(label, label)): group for label, group in self.groups.items()}
-        near = [(ontology.distance(found, row), group) for row, group in rows.items() if row and _is_a(found, row)]
-        return min(near)[1] if near else OTHER
+        above = [(ontology.distance(found, i), group) for i, group in rows.items() if i and ontology.is_a(found, i)]
+        return min(above)[1] if above else OTHER
 
     def check(self, labels: Iterable[str], source: str) -> None:
-        """Refuse a map of which no row speaks of the labels at hand."""
-        there = sorted(set(labels) - {""})
-        mine = {*self.terms, *self.groups}
-        if mine and there and not mine.intersection(there):
+        """Raise InputError if no row of the map is about one of the labels."""
+        present = sorted(set(labels) - {""})
+        mapped = {*self.terms, *self.groups}
+        if mapped and present and not mapped.intersection(present):
             raise InputError(
-                f"{self.source}: none of its labels ({_some(mine)}) is among those of {source} ({_some(there)}); "
+                f"{self.source}: none of its labels ({_some(mapped)}) is among those of {source} ({_some(present)}); "
                 "expected one row per label, in the spelling of the file"
             )
-
-
-def _is_a(identifier: str, other: str) -> bool:
-    return Ontology.load().is_a(identifier, other)
 
 
 def _some(names: Collection[str]) -> str:
@@ -112,8 +116,15 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(map(repr, shown)) + (", …" if len(names) > len(shown) else "")
 
 
+def as_label_map(mapping: str | Path | LabelMap | None) -> LabelMap:
+    """Return a map, read if it was given by path or name, or the empty map for None."""
+    if mapping is None:
+        return LabelMap()
+    return mapping if isinstance(mapping, LabelMap) else read_label_map(mapping)
+
+
 def read_label_map(name_or_path: str | Path) -> LabelMap:
-    """Read a mapping table.
+    """Read a table of what labels mean.
 
     Parameters
     ----------
@@ -144,11 +155,11 @@ def _parse(text: str, source: str) -> LabelMap:
     rows = [[entry.strip() for entry in line.split("\t")] for line in text.splitlines() if line.strip()]
     header = [name.lower().replace(" ", "_") for name in rows[0]] if rows else []
 
-    def place(*names: str) -> int | None:
+    def column(*names: str) -> int | None:
         return next((header.index(name) for name in names if name in header), None)
 
-    label = place("label") or 0
-    term, group = place("cl_id", "term", "cell_type"), place("lineage", "group")
+    label = column("label") or 0
+    term, group = column("cl_id", "term", "cell_type"), column("lineage", "group")
     if term is None and group is None:
         raise InputError(
             f"{source}: its header is {', '.join(header) or 'missing'}; expected tab-separated columns label, "
@@ -166,7 +177,7 @@ def _parse(text: str, source: str) -> LabelMap:
         seen.add(row[label])
         if group is not None and row[group]:
             groups[row[label]] = row[group]
-        # No term says "leave out", unless there is a group to be scored in.
+        # An empty term leaves the cells out, unless there is a group to be scored in.
         if term is not None and (row[term] or row[label] not in groups):
             terms[row[label]] = row[term]
     return LabelMap(terms=terms, groups=groups, source=source)

@@ -1,4 +1,4 @@
-"""Scores of predicted against true labels, exact and by the ontology, and whether probabilities can be believed."""
+"""Score predicted against true labels, as spelled and by the Cell Ontology, and the calibration of probabilities."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,18 @@ import numpy as np
 
 from scmulan.vocab.ontology import Ontology
 
-__all__ = ["Calibration", "Scores", "TypeScore", "agreement", "answerable", "calibrate", "outcomes", "resolve", "score"]
+__all__ = [
+    "Calibration",
+    "Confusion",
+    "Scores",
+    "TypeScore",
+    "calibrate",
+    "count_outcomes",
+    "is_correct",
+    "known_labels",
+    "score",
+    "to_label_granularity",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,39 +28,17 @@ class TypeScore:
     name: str
     """Type."""
     n: int
-    """Cells that are of this type."""
+    """Cells of this true type."""
     predicted: int
-    """Cells that were given this type."""
+    """Cells predicted as this type."""
     precision: float
-    """Share of the cells given this type that are; 0 where there are none."""
+    """Fraction of the cells predicted as this type that are of it; 0 where none was."""
     recall: float
-    """Share of the cells of this type that were given it."""
+    """Fraction of the cells of this type that were predicted as it."""
     f1: float
     """Harmonic mean of precision and recall."""
     known: bool
-    """Whether the predictor has a right answer for it in its vocabulary."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Scores of labelled cells."""
-
-    n: int
-    """Cells."""
-    accuracy: float | None
-    """Share of cells that are right; None without cells."""
-    macro_f1: float | None
-    """Mean F1 over the true types (types that were only predicted have none)."""
-    n_known: int
-    """Cells of types for which the predictor has a right answer in its vocabulary."""
-    accuracy_known: float | None
-    """Accuracy over these cells."""
-    macro_f1_known: float | None
-    """Mean F1 over these types, among all cells."""
-    types: list[TypeScore]
-    """Per true type, the most frequent first."""
-    confusion: "Confusion"
-    """Which type was given to which."""
+    """Whether the predictor's vocabulary holds a correct answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,49 +53,75 @@ class Confusion:
     """Cells."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Scores of labelled cells."""
+
+    n: int
+    """Cells."""
+    accuracy: float | None
+    """Fraction of cells predicted correctly; None without cells."""
+    macro_f1: float | None
+    """Mean F1 over the true types (types that were only predicted have none)."""
+    n_known: int
+    """Cells of types for which the predictor's vocabulary holds a correct answer."""
+    accuracy_known: float | None
+    """Accuracy over these cells."""
+    macro_f1_known: float | None
+    """Mean F1 over these types, among all cells."""
+    types: list[TypeScore]
+    """Per true type, the most frequent first."""
+    confusion: Confusion
+    """Cells by true and predicted type."""
+
+
 def score(truth: np.ndarray, predicted: np.ndarray, known: Collection[str]) -> Scores:
-    """Score labels that are compared as they are spelled.
+    """Score labels, compared as they are spelled.
 
     Parameters
     ----------
     truth, predicted
         One label per cell, ``[cells]`` each.
     known
-        True labels for which the predictor has a right answer.
+        True labels for which the predictor's vocabulary holds a correct answer.
 
     Returns
     -------
     Scores
     """
-    names, n = _by_frequency(truth)
-    given, n_given = _by_frequency(predicted)
-    counted = dict(zip(given, n_given, strict=True))
-    columns = [*names, *(name for name in given if name not in set(names))]
-    row = {name: i for i, name in enumerate(names)}
-    column = {name: i for i, name in enumerate(columns)}
-    counts = np.zeros((len(names), len(columns)), dtype=np.int64)
-    np.add.at(counts, ([row[t] for t in truth], [column[p] for p in predicted]), 1)
+    true_types, n_true = _by_frequency(truth)
+    predicted_types, n_predicted = _by_frequency(predicted)
+    predicted_count = dict(zip(predicted_types, n_predicted, strict=True))
+    columns = [*true_types, *(name for name in predicted_types if name not in set(true_types))]
+    row_of = {name: i for i, name in enumerate(true_types)}
+    column_of = {name: i for i, name in enumerate(columns)}
+    counts = np.zeros((len(true_types), len(columns)), dtype=np.int64)
+    np.add.at(counts, ([row_of[t] for t in truth], [column_of[p] for p in predicted]), 1)
     types = []
-    for i, (name, cells) in enumerate(zip(names, n, strict=True)):
-        right, offered = int(counts[i, i]), int(counted.get(name, 0))
-        precision, recall = right / offered if offered else 0.0, right / cells
-        f1 = 2 * right / (offered + cells)
+    for i, (name, n) in enumerate(zip(true_types, n_true, strict=True)):
+        n_correct, n_as_this = int(counts[i, i]), int(predicted_count.get(name, 0))
         types.append(
             TypeScore(
-                name=name, n=cells, predicted=offered, precision=precision, recall=recall, f1=f1, known=name in known
+                name=name,
+                n=n,
+                predicted=n_as_this,
+                precision=n_correct / n_as_this if n_as_this else 0.0,
+                recall=n_correct / n,
+                f1=2 * n_correct / (n_as_this + n),
+                known=name in known,
             )
         )
-    is_right = truth == predicted
-    inside = np.isin(truth, list(known))
+    correct = truth == predicted
+    of_known_type = np.isin(truth, list(known))
     return Scores(
         n=len(truth),
-        accuracy=_mean(is_right),
+        accuracy=_mean(correct),
         macro_f1=_mean([t.f1 for t in types]),
-        n_known=int(inside.sum()),
-        accuracy_known=_mean(is_right[inside]),
+        n_known=int(of_known_type.sum()),
+        accuracy_known=_mean(correct[of_known_type]),
         macro_f1_known=_mean([t.f1 for t in types if t.known]),
         types=types,
-        confusion=Confusion(truth=names, predicted=columns, counts=counts.tolist()),
+        confusion=Confusion(truth=true_types, predicted=columns, counts=counts.tolist()),
     )
 
 
@@ -120,15 +135,15 @@ def _mean(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def agreement(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Say which predictions are right: the true type itself or a finer one (bool ``[cells]``)."""
+def is_correct(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return whether each prediction is the true type or a finer one of the Cell Ontology (bool ``[cells]``)."""
     ontology = Ontology.load()
-    pairs, of_cell = _pairs(truth, predicted)
-    return np.array([ontology.agrees(p, t) for t, p in pairs], dtype=bool)[of_cell]
+    pairs, pair_of_cell = _distinct_pairs(truth, predicted)
+    return np.array([ontology.agrees(p, t) for t, p in pairs], dtype=bool)[pair_of_cell]
 
 
-def resolve(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Bring predictions to the granularity of the true labels, so that ordinary scores can be taken.
+def to_label_granularity(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Coarsen predictions to the granularity of the true labels, so that ordinary scores can be computed.
 
     A prediction that is the true type or a finer one becomes the true type. Any other becomes the nearest of all true
     types that it is a kind of, and stays as it is where there is none.
@@ -150,74 +165,74 @@ def resolve(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         found = ontology.find(name)
         above = [(ontology.distance(found, i), t) for t, i in ids.items() if found and i and ontology.is_a(found, i)]
         nearest[name] = name if name in ids or not above else min(above)[1]
-    pairs, of_cell = _pairs(truth, predicted)
-    return np.array([t if ontology.agrees(p, t) else nearest[p] for t, p in pairs], dtype=object)[of_cell]
+    pairs, pair_of_cell = _distinct_pairs(truth, predicted)
+    return np.array([t if ontology.agrees(p, t) else nearest[p] for t, p in pairs], dtype=object)[pair_of_cell]
 
 
-def outcomes(truth: np.ndarray, predicted: np.ndarray) -> dict[str, int]:
-    """Count how predictions relate to the truth.
+def count_outcomes(truth: np.ndarray, predicted: np.ndarray) -> dict[str, int]:
+    """Count how predictions relate to the true types.
 
     Returns
     -------
     dict
         Cells whose prediction is the true type (``exact``), a kind of it (``finer``), a type that it is a kind of
-        (``coarser``: no mistake in itself, but less than was asked; it does not count as right), or ``other``.
+        (``coarser``: not wrong in itself, but less than was asked, so it does not count as correct), or ``other``.
     """
     ontology = Ontology.load()
-    pairs, of_cell = _pairs(truth, predicted)
-    kinds = []
+    pairs, pair_of_cell = _distinct_pairs(truth, predicted)
+    outcomes = []
     for t, p in pairs:
         if t == p or (ontology.find(t) or t) == (ontology.find(p) or p):
-            kinds.append("exact")
+            outcomes.append("exact")
         elif ontology.agrees(p, t):
-            kinds.append("finer")
+            outcomes.append("finer")
         else:
-            kinds.append("coarser" if ontology.agrees(t, p) else "other")
-    n = np.bincount(of_cell, minlength=len(pairs))
+            outcomes.append("coarser" if ontology.agrees(t, p) else "other")
+    n = np.bincount(pair_of_cell, minlength=len(pairs))
     return {
-        kind: int(sum(n[i] for i, k in enumerate(kinds) if k == kind))
+        kind: int(sum(n[i] for i, outcome in enumerate(outcomes) if outcome == kind))
         for kind in ("exact", "finer", "coarser", "other")
     }
 
 
-def _pairs(truth: np.ndarray, predicted: np.ndarray) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Return different pairs of labels, and which of them each cell has."""
-    place: dict[tuple[str, str], int] = {}
-    of_cell = [place.setdefault(pair, len(place)) for pair in zip(truth, predicted, strict=True)]
-    return list(place), np.array(of_cell, dtype=np.int64)
+def _distinct_pairs(truth: np.ndarray, predicted: np.ndarray) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Return the distinct pairs of true and predicted label, and the index of each cell's pair."""
+    index: dict[tuple[str, str], int] = {}
+    pair_of_cell = [index.setdefault(pair, len(index)) for pair in zip(truth, predicted, strict=True)]
+    return list(index), np.array(pair_of_cell, dtype=np.int64)
 
 
-def answerable(truth: np.ndarray, vocabulary: Sequence[str]) -> set[str]:
-    """Return the true labels that a word of a vocabulary is, or is a kind of."""
+def known_labels(truth: np.ndarray, vocabulary: Sequence[str]) -> set[str]:
+    """Return the true labels for which a vocabulary holds a correct answer: the type itself or a kind of it."""
     names = np.unique(truth.astype(str)).tolist()
-    satisfied = Ontology.load().label_matrix([*names, *vocabulary])[: len(names), len(names) :].any(1)
-    return {names[i] for i in np.flatnonzero(satisfied)}
+    known = Ontology.load().label_matrix([*names, *vocabulary])[: len(names), len(names) :].any(1)
+    return {names[i] for i in np.flatnonzero(known)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Whether probabilities say how often they are right."""
+    """Agreement of probabilities with the accuracy of the predictions."""
 
     mean_right: float | None
-    """Mean probability of the cells that are right."""
+    """Mean probability of correct predictions."""
     mean_wrong: float | None
-    """Mean probability of the cells that are wrong."""
+    """Mean probability of wrong predictions."""
     error: float
     """Expected calibration error: |accuracy − mean probability| of ten bins of equal width, weighted by their cells."""
     bins: list[dict[str, float]]
     """Of each bin with cells: ``low``, ``high``, ``n``, ``accuracy``, ``probability``."""
 
 
-def calibrate(right: np.ndarray, probability: np.ndarray, bins: int = 10) -> Calibration | None:
-    """Compare probabilities with what came true.
+def calibrate(correct: np.ndarray, probability: np.ndarray, n_bins: int = 10) -> Calibration | None:
+    """Compare probabilities with the accuracy of the predictions.
 
     Parameters
     ----------
-    right
+    correct
         Bool ``[cells]``.
     probability
         ``[cells]`` in [0, 1].
-    bins
+    n_bins
         Number of bins, each open below and closed above (the first holds 0 too).
 
     Returns
@@ -225,20 +240,26 @@ def calibrate(right: np.ndarray, probability: np.ndarray, bins: int = 10) -> Cal
     Calibration or None
         None where a probability is missing (a decoding rule without any) or there are no cells.
     """
-    if not len(right) or np.isnan(probability).any():
+    if not len(correct) or np.isnan(probability).any():
         return None
-    place = np.clip(np.ceil(probability.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
-    table, error = [], 0.0
-    for i in np.unique(place):
-        inside = place == i
-        accuracy, mean = float(right[inside].mean()), float(probability[inside].mean(dtype=np.float64))
+    bin_of_cell = np.clip(np.ceil(probability.astype(np.float64) * n_bins).astype(int) - 1, 0, n_bins - 1)
+    bins, error = [], 0.0
+    for i in np.unique(bin_of_cell):
+        inside = bin_of_cell == i
+        accuracy, mean = float(correct[inside].mean()), float(probability[inside].mean(dtype=np.float64))
         error += float(inside.mean()) * abs(accuracy - mean)
-        table.append(
-            {"low": i / bins, "high": (i + 1) / bins, "n": int(inside.sum()), "accuracy": accuracy, "probability": mean}
+        bins.append(
+            {
+                "low": i / n_bins,
+                "high": (i + 1) / n_bins,
+                "n": int(inside.sum()),
+                "accuracy": accuracy,
+                "probability": mean,
+            }
         )
     return Calibration(
-        mean_right=_mean(probability[right].astype(np.float64)),
-        mean_wrong=_mean(probability[~right].astype(np.float64)),
+        mean_right=_mean(probability[correct].astype(np.float64)),
+        mean_wrong=_mean(probability[~correct].astype(np.float64)),
         error=error,
-        bins=table,
+        bins=bins,
     )
