@@ -70,7 +70,7 @@ def test_results_survive_a_network_that_runs_out_of_memory_once(random_model, mo
     )
     expected = score_labels(random_model, asked)
     network, failed = random_model.network, []
-    last = type(network).last
+    last = type(network).forward_last
 
     def short_once(self, entity, *rest):
         if not failed:
@@ -78,7 +78,7 @@ def test_results_survive_a_network_that_runs_out_of_memory_once(random_model, mo
             raise torch.OutOfMemoryError("out of memory")
         return last(self, entity, *rest)
 
-    monkeypatch.setattr(type(network), "last", short_once)
+    monkeypatch.setattr(type(network), "forward_last", short_once)
     told = []
     found = score_labels(random_model, asked, progress=told.append)
     assert failed and sum(told) == 20
@@ -109,7 +109,7 @@ network = Mulan(config).initialise(0).eval()
 def passes(rows):
     entity = torch.ones(rows, 256, dtype=torch.int64)
     with torch.inference_mode():
-        network.last(entity, entity, torch.full((rows,), 256))
+        network.forward_last(entity, entity, torch.full((rows,), 256))
     # (ru_maxrss would begin with the peak of the process that started this one.)
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 small = passes(4)

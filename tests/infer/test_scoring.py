@@ -60,7 +60,7 @@ def test_the_last_layer_at_the_last_word_gives_what_all_positions_give(random_mo
     entity, value, lengths = (torch.from_numpy(a) for a in asked.padded())
     with torch.inference_mode():
         whole = random_model.network(entity, value)[torch.arange(7), lengths - 1]
-        last = random_model.network.last(entity, value, lengths)
+        last = random_model.network.forward_last(entity, value, lengths)
     torch.testing.assert_close(last, whole, rtol=0, atol=1e-5)
     assert np.abs(last_hidden(random_model, asked) - whole.numpy()).max() < 1e-5
 

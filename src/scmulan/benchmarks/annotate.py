@@ -243,7 +243,7 @@ class Stages:
             ("scmulan.tl._files.copy_with_results", _files.copy_with_results, "writing"),
         ):
             self._patches.enter_context(patch(where, self._timed(name, stage)))
-        for method in ("last", "forward", "entity_logits"):
+        for method in ("forward_last", "forward", "entity_logits"):
             self._patches.enter_context(patch.object(Mulan, method, self._timed(getattr(Mulan, method), "model")))
         return self
 

@@ -39,7 +39,7 @@ def _new(rows: int, heads: int, width: int, before: int, new: int) -> dict[str, 
     past, qkv = (torch.randn(rows, n, 3, heads, width) for n in (before, new))
 
     def timed(kind: type[KVCache]) -> tuple[float, Tensor]:
-        cache = kind.empty(1, rows, heads, before + new, width, bag=None, like=torch.empty(0))
+        cache = kind.empty(1, rows, heads, before + new, width, set_sums=None, like=torch.empty(0))
         cache.attend(0, past, None)
         cache.advance(before, None, None)
         mask = cache.mask(new)

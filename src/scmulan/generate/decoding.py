@@ -12,10 +12,10 @@ from torch import Tensor
 from scmulan.generate.noise import CHUNK, NoiseBuffer
 from scmulan.generate.sampling import GumbelSampler, Rule, draw_number, pick_value
 from scmulan.generate.speculative import MOST, DraftLength, DraftModel, DraftStats, agrees
-from scmulan.infer.batching import SHARE, free_bytes, is_out_of_memory
+from scmulan.infer.batching import MAX_MEMORY_FRACTION, free_bytes, is_out_of_memory
 from scmulan.infer.scoring import Progress
 from scmulan.model.cost import kv_bytes_per_token
-from scmulan.model.kv_cache import STEP, KVCache
+from scmulan.model.kv_cache import CAPACITY_STEP, KVCache
 from scmulan.model.loading import LoadedModel
 from scmulan.vocab.sentences import Sentences
 
@@ -107,7 +107,7 @@ class _DecodingSlots:
         """Most slots that a row can need."""
         needed = places * self.bound * kv_bytes_per_token(network.config, "fp32")
         at_once = device.type == "cpu" and needed <= ROOM
-        self.cache = network.new_cache(places, self.bound if at_once else min(longest + STEP, self.bound))
+        self.cache = network.new_cache(places, self.bound if at_once else min(longest + CAPACITY_STEP, self.bound))
         self.hidden = weight.new_zeros(places, W)
         self.average = torch.zeros(places, W, device=device)
         """Mean of the last states, from which the coming ones are foreseen."""
@@ -125,7 +125,7 @@ class _DecodingSlots:
     def select(self, places: np.ndarray) -> None:
         """Keep some places only, named in ascending order."""
         at = torch.from_numpy(places).to(self.count.device)
-        self.cache.keep_rows(places.tolist())
+        self.cache.select_rows(places.tolist())
         self.chance.select(places)
         for name in ("hidden", "average", "inputs", "said", "words", "values", "count", "limit", "running"):
             setattr(self, name, getattr(self, name)[at])
@@ -249,7 +249,7 @@ class CellDecoder:
         needed = (self.most + MOST) * kv_bytes_per_token(self.network.config, kind)
         needed += 4 * self.network.config.vocabulary * (4 * MOST + (0 if self.race.listed else ring))
         most = CPU_ROWS if self.device.type == "cpu" else GPU_ROWS
-        return max(1, min(most, int(free_bytes(self.device) * SHARE) // needed))
+        return max(1, min(most, int(free_bytes(self.device) * MAX_MEMORY_FRACTION) // needed))
 
     def _read(self, prompt: np.ndarray) -> _Start:
         entity = torch.from_numpy(prompt.astype(np.int64))[None].to(self.device)
@@ -260,7 +260,7 @@ class CellDecoder:
 
     def _seat(self, places: _DecodingSlots, place: int, start: _Start, seed: int, number: int) -> None:
         stream = places.chance.seat(place, seed, number)
-        places.cache.put(torch.tensor([place], device=self.device), start.cache)
+        places.cache.restart(torch.tensor([place], device=self.device), start.cache)
         places.hidden[place] = start.hidden
         places.average[place] = start.hidden.float()
         places.inputs[place] = start.inputs
@@ -288,8 +288,8 @@ class CellDecoder:
     def _passes(self, places: _DecodingSlots, number: int) -> None:
         """Some passes with the same number of words, and what they teach."""
         drafted = min(self.pace.next(), self.most)
-        places.cache.length = places.cache.length * places.running
-        places.cache.tighten()
+        places.cache.lengths = places.cache.lengths * places.running
+        places.cache.refresh_used()
         places.chance.provide(places.count.cpu().numpy(), number * drafted)
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         begin = time.perf_counter()
@@ -360,7 +360,7 @@ class CellDecoder:
         places.said |= torch.zeros_like(places.said).scatter_(
             1, word.where(real, word[:, :1]), (kept[:, None] > 0).expand_as(word)
         )
-        places.cache.keep(kept)
+        places.cache.accept(kept)
         last = (kept - 1).clamp(min=0)[:, None]
         newest = states.gather(1, last[..., None].expand(-1, 1, states.shape[2]))[:, 0]
         places.hidden = torch.where((kept > 0)[:, None], newest, places.hidden)

@@ -18,7 +18,7 @@ CACHE_BYTES_PER_THREAD = 2**21
 WORDS_PER_THREAD = {"fp32": 900, "bf16": 256, "int8": 256}
 MOST_WORDS = 65_536
 # Of the memory that is free, what a batch may take: others live here too.
-SHARE = 0.5
+MAX_MEMORY_FRACTION = 0.5
 
 
 def bytes_per_token(config: MulanConfig) -> int:
@@ -51,7 +51,7 @@ def suitable_tokens(network: Mulan) -> int:
         wanted = max(
             WORDS_PER_THREAD[network.precision] * threads, CACHE_BYTES_PER_THREAD * threads // (16 * config.width)
         )
-    fitting = int(free_bytes(device) * SHARE) // bytes_per_token(config)
+    fitting = int(free_bytes(device) * MAX_MEMORY_FRACTION) // bytes_per_token(config)
     return max(1, min(wanted, MOST_WORDS, fitting))
 
 

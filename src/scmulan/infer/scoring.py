@@ -74,7 +74,7 @@ def score_labels(
         if given_coarse and len(coarse_ids):
             last, after = _with_coarse(model, entity, value, lengths, coarse_ids)
         else:
-            last = after = model.network.last(entity, value, lengths)
+            last = after = model.network.forward_last(entity, value, lengths)
         logits = model.network.entity_logits(last).float()
         logits_after = logits if after is last else model.network.entity_logits(after).float()
         coarse[rows] = _normalise(logits[:, coarse_ids], objective).cpu().numpy()
@@ -98,7 +98,7 @@ def last_hidden(
     hidden = np.zeros((len(prompts), model.config.width), dtype=np.float32)
 
     def work(rows: np.ndarray) -> None:
-        hidden[rows] = model.network.last(*_tensors(model, prompts.take(rows))).float().cpu().numpy()
+        hidden[rows] = model.network.forward_last(*_tensors(model, prompts.take(rows))).float().cpu().numpy()
         progress(len(rows))
 
     (budget or token_budget(model, None)).for_each(prompts.lengths, work)

@@ -1,8 +1,8 @@
-"""One job for all threads that the network's library already has.
+"""Run a compiled job on the OpenMP threads that torch already has.
 
-Threads of one's own would compete with those of the library, which stay awake between two of its operations and wait
-for the next. Where the library's threads are those of OpenMP (every build of torch for Linux), its team is asked; where
-they cannot be found, helpers of Python do the work.
+Threads of one's own would compete with those of torch, which stay awake between two of its operations and wait for the
+next. Where torch's threads are those of OpenMP (every build of torch for Linux), its thread team runs the job; where
+OpenMP cannot be found, a pool of Python threads does.
 """
 
 import ctypes
@@ -13,45 +13,46 @@ from functools import lru_cache
 from typing import Any
 
 
-def run(job: Callable[[int], None], address: int, frame: int, threads: int) -> None:
-    """Let so many threads run a compiled job, each with the same argument; back when all are done.
+def run_on_threads(job: Callable[[int], None], c_function: Callable[[], Any], frame: int, threads: int) -> None:
+    """Run a job on several threads at once, each with the same argument, and wait for all of them.
 
     Parameters
     ----------
     job
-        Called with ``frame``, without the interpreter's lock.
-    address
-        Of the same job as a C function of one pointer.
+        Compiled function; is called with ``frame`` and releases the interpreter's lock.
+    c_function
+        Returns the same job as numba C callback of one pointer; only asked for where OpenMP runs it.
     frame
         Address of what the threads share.
     threads
-        How many.
+        Number of threads, this one included.
     """
-    team = _team()
+    parallel = gomp_parallel()
     if threads == 1:
         job(frame)
-    elif team is not None:
-        team(address, frame, threads, 0)
+    elif parallel is not None:
+        parallel(c_function().address, frame, threads, 0)
     else:
-        helpers = [_helpers(os.getpid(), threads - 1).submit(job, frame) for _ in range(threads - 1)]
+        pool = _thread_pool(os.getpid(), threads - 1)
+        others = [pool.submit(job, frame) for _ in range(threads - 1)]
         job(frame)
-        for helper in helpers:
-            helper.result()
+        for other in others:
+            other.result()
 
 
 @lru_cache
-def _team() -> Any:
-    """OpenMP's way to start a parallel region (GCC's name, which other OpenMP libraries have too), or None."""
+def gomp_parallel() -> Any:
+    """Return ``GOMP_parallel``, which starts a parallel region (other OpenMP libraries have it too), or None."""
     try:
-        start = ctypes.CDLL(None).GOMP_parallel
+        parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
         return None
-    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    start.restype = None
-    return start
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
 
 
 @lru_cache(maxsize=1)
-def _helpers(process: int, number: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
-    return ThreadPoolExecutor(number, thread_name_prefix=f"scmulan-{process}")
+def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"scmulan-{process}")
