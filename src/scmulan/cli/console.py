@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from scmulan._progress import Advance, Progress
+from scmulan._text import format_fields
+
+table = format_fields  # until all verbs use it
 
 
 def tell(kind: str, text: str) -> None:
@@ -62,17 +65,6 @@ def result(content: Mapping[str, Any], text: str, as_json: bool) -> None:
         Whether to print the content, as one JSON object, and not the text.
     """
     print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) if as_json else text)
-
-
-def table(rows: Mapping[str, Any]) -> str:
-    """Names and values in two columns; values may have several lines, those that are None or empty are left out."""
-    width = max(len(name) for name in rows)
-    lines = []
-    for name, value in rows.items():
-        if value not in (None, ""):
-            first, *rest = str(value).splitlines()
-            lines += [f"{name:<{width}}  {first}", *(f"{'':<{width}}  {line}" for line in rest)]
-    return "\n".join(lines)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 import scmulan
+from scmulan._text import format_fields
 from scmulan.cli import console, options
 from scmulan.errors import ModelError
 
@@ -98,7 +99,7 @@ def _sentences(facts: dict[str, Any]) -> str:
         },
         "problems": "\n".join(facts["problems"]) or "none found",
     }
-    return console.table(rows)
+    return format_fields(rows)
 
 
 def _presence(packages: dict[str, str | None]) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scmulan._text import format_fields
 from scmulan.cli import console, options
 
 app = typer.Typer(help="List, describe, import, export and verify models.", rich_markup_mode=None)
@@ -23,7 +24,7 @@ def list_models(as_json: options.Json = False) -> None:
     models = {name: describe_model(folder) for name, folder in packaged_models().items()}
     rows = {name: f"{_size(about)}. {about['description']}" for name, about in models.items()}
     content = {name: {k: v for k, v in about.items() if k not in ("card", "words")} for name, about in models.items()}
-    console.result({"models": content}, console.table(rows) if rows else "no packaged models", as_json)
+    console.result({"models": content}, format_fields(rows) if rows else "no packaged models", as_json)
 
 
 @app.command()
@@ -44,7 +45,7 @@ def info(model: Which, as_json: options.Json = False) -> None:
         "weights": f"sha256 {about['weights_hash']}",
         **{name.replace("_", " "): _words(words, card.get("cell_types", {})) for name, words in about["words"].items()},
     }
-    console.result(about, f"{about['name']}\n{console.table(rows)}", as_json)
+    console.result(about, f"{about['name']}\n{format_fields(rows)}", as_json)
 
 
 def _size(about: dict[str, Any]) -> str:

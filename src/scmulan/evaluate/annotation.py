@@ -11,7 +11,7 @@ import pandas as pd
 from scmulan import _keys
 from scmulan._io.adata import read_column
 from scmulan._progress import SILENT, Progress
-from scmulan._text import grid, shorten
+from scmulan._text import format_table, shorten
 from scmulan.errors import InputError
 from scmulan.evaluate.baselines import LogisticBaseline, LogisticConfig, TrainingFile, Tuning, read_training_file, tune
 from scmulan.evaluate.inputs import (
@@ -155,7 +155,7 @@ def _headline(result: AnnotationEvaluation) -> str:
     header = ["predictor", "file", "cells", "accuracy", "macro F1", "known types", "exact"]
     header += ["lineage"] if grouped else []
     note = "accuracy, macro F1: a finer type than the label is right; known types: accuracy where a right answer exists"
-    return f"{grid([*header, 'p right', 'p wrong', 'ECE'], rows, text=2)}\n{note}"
+    return f"{format_table([*header, 'p right', 'p wrong', 'ECE'], rows, text_columns=2)}\n{note}"
 
 
 def _per_type(result: AnnotationEvaluation, name: str) -> str:
@@ -166,7 +166,7 @@ def _per_type(result: AnnotationEvaluation, name: str) -> str:
         for t in result.results[MODEL][name].ontology.types
     ]
     header = ["type", "cells", "precision", "recall", "F1", *(f"F1 {p}" for p in others)]
-    return f"Per type, {name}\n{grid(header, rows)}"
+    return f"Per type, {name}\n{format_table(header, rows)}"
 
 
 def _mistakes(scores: Scores) -> str:
@@ -180,7 +180,7 @@ def _mistakes(scores: Scores) -> str:
     pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
     rows = [[shorten(t), shorten(p), n, n / total] for n, t, p, total in pairs[:MAX_MISTAKES]]
     rest = sum(pair[0] for pair in pairs[MAX_MISTAKES:])
-    text = grid(["true", "given", "cells", "of the type"], rows, text=2) if rows else "none"
+    text = format_table(["true", "given", "cells", "of the type"], rows, text_columns=2) if rows else "none"
     return f"{text}\nand {rest:,} cells with rarer mistakes" if rest else text
 
 
@@ -197,7 +197,7 @@ def _lineages(result: AnnotationEvaluation, name: str) -> str:
             for i, t in enumerate(groups.types)
         ]
         header = ["lineage", "cells", "recall", "F1", *(f"→ {g}" for g in seen)]
-        parts.append(f"Lineages by {predictor}, {name}: {groups.accuracy:.3f} right\n{grid(header, rows)}")
+        parts.append(f"Lineages by {predictor}, {name}: {groups.accuracy:.3f} right\n{format_table(header, rows)}")
     return "\n\n".join(parts)
 
 

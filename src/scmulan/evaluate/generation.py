@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from scmulan._io.adata import read_column
 from scmulan._progress import SILENT, Progress
-from scmulan._text import grid, shorten
+from scmulan._text import format_table, shorten
 from scmulan.errors import InputError, VocabularyError
 from scmulan.evaluate.cell_sets import CellSet, Similarity, compare, shuffle_genes
 from scmulan.evaluate.inputs import (
@@ -120,8 +120,8 @@ def _file_table(file: FileGeneration) -> str:
     notes += [f"left out: {t} ({why})" for t, why in file.left_out.items()]
     return "\n\n".join(
         [
-            f"{head}\n{grid(['compared with real cells', 'real', *file.results], rows)}",
-            f"Genes per cell over those of real cells\n{grid(['type', 'cells', *file.results], by_type)}",
+            f"{head}\n{format_table(['compared with real cells', 'real', *file.results], rows)}",
+            f"Genes per cell over those of real cells\n{format_table(['type', 'cells', *file.results], by_type)}",
             "\n".join(notes),
         ]
     )

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from scmulan._io.adata import read_column
 from scmulan._progress import SILENT, Progress
-from scmulan._text import grid
+from scmulan._text import format_table
 from scmulan.errors import InputError
 from scmulan.evaluate.inputs import (
     Expression,
@@ -103,7 +103,7 @@ class IntegrationEvaluation:
             notes.append(f"left out, fewer than {MIN_CELLS_PER_TYPE} cells: " + ", ".join(self.left_out))
         if self.trained_on:
             notes.append(f"among the model's training data, whose scores say little: {', '.join(self.trained_on)}")
-        return "\n\n".join([head, grid(["metric", "about", *names], rows, text=2), *notes])
+        return "\n\n".join([head, format_table(["metric", "about", *names], rows, text_columns=2), *notes])
 
 
 def evaluate_integration(
