@@ -40,7 +40,7 @@ bounded_genes = true
 dropout = 0.1
 [optimizer]
 steps = 50
-warmup = 10
+warmup_steps = 10
 [run]
 log_every = 1
 validate_every = 25

@@ -18,7 +18,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -92,12 +92,12 @@ def convert(
     RecipeError
         One line: file, ``section.key``, what was given, what was expected, and the nearest known word.
     """
-    out: T = _Converter(source, renamed or {}).convert(raw, cls, section)
+    out: T = _Converter(source, renamed or {}, list(_setting_names(cls, section))).convert(raw, cls, section)
     return out
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that is most like another one, or None where none is like it.
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that is most like another one, or None where none reaches a likeness of ``cutoff``.
 
     Notes
     -----
@@ -111,13 +111,14 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         return difflib.SequenceMatcher(None, a, b).ratio() + prefix / 10
 
     best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.5 else None
+    return best if best is not None and likeness(best) >= cutoff else None
 
 
 class _Converter:
-    def __init__(self, source: str, renamed: Mapping[str, str]) -> None:
+    def __init__(self, source: str, renamed: Mapping[str, str], settings: list[str]) -> None:
         self.source = source
         self.renamed = renamed
+        self.settings = settings
 
     def convert(self, value: Any, kind: Any, path: str) -> Any:
         """Convert a value to an annotated type; containers here, for the names of their keys, leaves by msgspec."""
@@ -175,18 +176,25 @@ class _Converter:
         new = self.renamed.get(name)
         if new is not None:
             return RecipeError(f"{self.source}: {name} is called {new} now")
-        return RecipeError(f"{self.source}: unknown {what} {name!r}; {_hint(key, known)}")
+        elsewhere = next((s for s in self.settings if s.endswith(f".{key}")), None)
+        near = nearest(key, known) or elsewhere  # a setting under the wrong heading
+        suggestion = "" if near is None else f"; did you mean {near!r}?"
+        listed = ", ".join(known[:MAX_LISTED]) + (", …" if len(known) > MAX_LISTED else "")
+        return RecipeError(f"{self.source}: unknown {what} {name!r}: expected one of {listed}{suggestion}")
 
     def _refusal(self, path: str, value: Any, kind: Any) -> RecipeError:
-        near = nearest(value, _names(kind)) if isinstance(value, str) else None
+        near = nearest(value, _names(kind), cutoff=0.45) if isinstance(value, str) else None
         suggestion = "" if near is None else f"; did you mean {near!r}?"
         return RecipeError(f"{self.source}: {path} = {_shown(value)}: expected {_described(kind)}{suggestion}")
 
 
-def _hint(word: str, known: list[str]) -> str:
-    near = nearest(word, known)
-    listed = ", ".join(known[:MAX_LISTED]) + (", …" if len(known) > MAX_LISTED else "")
-    return f"expected one of {listed}" if near is None else f"did you mean {near!r}? Expected one of {listed}"
+def _setting_names(cls: Any, path: str) -> Iterator[str]:
+    """Dotted names of all settings of a dataclass and of those within it."""
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        yield _join(path, name)
+        plain, _ = _unwrap(kind)
+        if dataclasses.is_dataclass(plain):
+            yield from _setting_names(plain, _join(path, name))
 
 
 def _join(path: str, key: str) -> str:

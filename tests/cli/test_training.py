@@ -17,7 +17,7 @@ cells = 8
 tasks = { annotate = 0.5, generate = 0.5 }
 [optimizer]
 steps = 4
-warmup = 2
+warmup_steps = 2
 [run]
 log_every = 2
 validate_every = 0
@@ -52,7 +52,8 @@ def test_pretrain(scmulan, folder, recipe):
 
 def test_what_pretrain_refuses(scmulan, folder, recipe):
     assert "no such recipe" in scmulan("pretrain", "none.toml").refused()
-    assert "unknown setting 'stepps'" in scmulan("pretrain", recipe, "--set", "optimizer.stepps=2").refused()
+    unknown = scmulan("pretrain", recipe, "--set", "optimizer.stepps=2").refused()
+    assert "unknown setting 'optimizer.stepps'" in unknown and "did you mean 'steps'?" in unknown
     assert "expected section.key=value" in scmulan("pretrain", recipe, "--set", "steps").refused()
     (folder / "cells.h5ad").unlink()
     assert "training cells not found" in scmulan("pretrain", recipe).refused()

@@ -22,11 +22,11 @@ from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 
 def make(store, vocabulary, seed=0, satisfies=None, **settings):
-    for limit in ("prompt_words", "target_words"):  # one limit for all batches, unless a test is about limits
-        settings.setdefault(limit, 1000)
-        settings.setdefault(f"{limit}_least", settings[limit])
+    for genes in ("prompt_genes", "target_genes"):  # one limit for all batches, unless a test is about limits
+        settings.setdefault(f"max_{genes}", 1000)
+        settings.setdefault(f"min_{genes}", settings[f"max_{genes}"])
     cells = settings.pop("cells", 4)
-    wide = {"words": 10**6, "positions_total": 10**6}
+    wide = {"tokens": 10**6, "max_positions": 10**6}
     config = BatchConfig(**{"cells": cells, "generate_cells": cells, "pool": 4, "positions": 8, **wide, **settings})
     return Batches(store, vocabulary, config, seed, satisfies)
 
@@ -90,7 +90,7 @@ def test_a_pool_is_sorted_by_length(store, vocabulary):
     """A pool's batches of one task do not overlap in length, and are of cells drawn for it."""
 
     def words(pool):
-        batches = make(store, vocabulary, tasks={"generate": 1.0}, pool=pool, target_words_least=5)
+        batches = make(store, vocabulary, tasks={"generate": 1.0}, pool=pool, min_target_genes=5)
         return [np.sort(batches._plan.batch(step).words) for step in range(8)]
 
     sizes = sorted(words(8), key=lambda n: (n[0], n[-1]))
@@ -102,7 +102,7 @@ def test_a_pool_is_sorted_by_length(store, vocabulary):
 @pytest.mark.parametrize("task", TASKS)
 def test_sentences_say_what_the_task_says(store, vocabulary, task):
     task = TASKS[task]
-    batches = make(store, vocabulary, prompt_words=12)
+    batches = make(store, vocabulary, max_prompt_genes=12)
     hinted_sizes = set()
     for cell in np.flatnonzero(batches.weights[task.name]).repeat(4):
         batch = batches.make(task, np.array([cell]), np.random.default_rng(len(hinted_sizes) + cell))
@@ -129,7 +129,7 @@ def test_sentences_say_what_the_task_says(store, vocabulary, task):
 
 
 def test_values_are_the_bins_of_the_cell(store, vocabulary):
-    batches = make(store, vocabulary, thin=0.0, panel=0.0)
+    batches = make(store, vocabulary, downsample=0.0, panel=0.0)
     for cell in range(0, 60, 4):
         written = batches.make(GENERATE, np.array([cell]), np.random.default_rng(0)).targets.level[0]
         given = batches.make(TASKS["annotate" if cell < 40 else "generate"], np.array([cell]), np.random.default_rng(1))
@@ -142,7 +142,7 @@ def test_values_are_the_bins_of_the_cell(store, vocabulary):
 
 
 def test_a_cut_target_still_holds_the_whole_cell(store, vocabulary):
-    batches = make(store, vocabulary, target_words=5, positions=3)
+    batches = make(store, vocabulary, max_target_genes=5, positions=3)
     for cell in range(20):
         batch = batches.make(GENERATE, np.array([cell]), np.random.default_rng(cell))
         assert (batch.targets.said < 6).all()
@@ -151,11 +151,11 @@ def test_a_cut_target_still_holds_the_whole_cell(store, vocabulary):
         assert len(target) == store.matrix[cell].nnz + 1
 
 
-@pytest.mark.parametrize(("sampled", "target_words"), [(4, 1000), (2, 1000), (0, 1000), (4, 10)])
-def test_sampled_positions_estimate_the_mean_over_all_of_them(sampled, target_words):
+@pytest.mark.parametrize(("sampled", "max_target_genes"), [(4, 1000), (2, 1000), (0, 1000), (4, 10)])
+def test_sampled_positions_estimate_the_mean_over_all_of_them(sampled, max_target_genes):
     draws = 4000
     for number in (7, 21, 3):
-        words = min(number, target_words)
+        words = min(number, max_target_genes)
         asked = min(number, words + 1)  # the position after the words read can be asked, too
         mean = np.zeros(number)
         for draw in range(draws):
@@ -175,7 +175,7 @@ def test_sampled_positions_estimate_the_mean_over_all_of_them(sampled, target_wo
 def test_a_batch_has_as_many_cells_as_its_words_have_room_for(store, vocabulary, order):
     sizes = set()
     for room in (200, 400, 10**6):
-        batches = make(store, vocabulary, words=room, cells=12, pool=8, order=order, target_words_least=4)
+        batches = make(store, vocabulary, tokens=room, cells=12, pool=8, order=order, min_target_genes=4)
         for step in range(16):
             batch = batches.batch(step)
             longest = batch.entity.shape[1]
@@ -192,21 +192,20 @@ def test_a_batch_has_as_many_cells_as_its_words_have_room_for(store, vocabulary,
 def test_positions_of_a_batch_are_limited_in_all(store, vocabulary):
     cells = np.arange(20)
     for total, each in ((60, 4), (200, 10), (10**6, 12)):
-        batches = make(store, vocabulary, positions=12, positions_total=total)
+        batches = make(store, vocabulary, positions=12, max_positions=total)
         rows = batches.make(GENERATE, cells, np.random.default_rng(0)).targets.row
         assert np.bincount(rows).tolist() == [each] * 20
 
 
 def test_batches_of_cells_to_write_have_a_number_of_their_own(store, vocabulary):
-    batches = make(store, vocabulary, cells=3)
-    batches.config.generate_cells = 9
+    batches = make(store, vocabulary, cells=3, generate_cells=9)
     for step in range(12):
         batch = batches.batch(step)
         assert len(batch.entity) == (9 if batch.task == "generate" else 3)
 
 
 def test_limits_of_batches_vary_within_their_bounds(store, vocabulary):
-    batches = make(store, vocabulary, prompt_words=30, prompt_words_least=5, target_words=30, target_words_least=5)
+    batches = make(store, vocabulary, max_prompt_genes=30, min_prompt_genes=5, max_target_genes=30, min_target_genes=5)
     cells = np.arange(8)
     prompts, targets = set(), set()
     for seed in range(60):
@@ -233,14 +232,14 @@ def test_other_panels_and_depths_never_invent_a_gene(store, vocabulary):
     cells = np.flatnonzero(make(store, vocabulary).weights["annotate"])
 
     def prompts(seed, **changed):
-        changed = {"panel": 0.0, "thin": 0.0, **changed}
+        changed = {"panel": 0.0, "downsample": 0.0, **changed}
         batch = make(store, vocabulary, **changed).make(ANNOTATE, cells, np.random.default_rng(seed))
         rows = zip(batch.entity.tolist(), batch.value.tolist(), strict=True)
         return [{w: v for w, v in zip(*row, strict=True) if v > 0} for row in rows]
 
     plain = prompts(0)
     assert [len(p) for p in plain] == store.lengths[cells].tolist()
-    for changed in ({"panel": 1.0}, {"thin": 1.0}, {"panel": 1.0, "thin": 1.0}):
+    for changed in ({"panel": 1.0}, {"downsample": 1.0}, {"panel": 1.0, "downsample": 1.0}):
         fewer, other_level = 0, 0
         for seed in range(5):
             for before, after in zip(plain, prompts(seed, **changed), strict=True):
@@ -248,9 +247,9 @@ def test_other_panels_and_depths_never_invent_a_gene(store, vocabulary):
                 assert len(after) >= min(len(before), 20)
                 fewer += len(after) < len(before)
                 other_level += any(after[g] != before[g] for g in after)
-        assert fewer > 20 and other_level > (40 if "thin" in changed else 0)
+        assert fewer > 20 and other_level > (40 if "downsample" in changed else 0)
     logged = np.flatnonzero(store.logged[cells])  # log1p values cannot be thinned
-    thinned = prompts(0, thin=1.0)
+    thinned = prompts(0, downsample=1.0)
     assert all(thinned[i] == plain[i] for i in logged)
 
 
@@ -284,7 +283,8 @@ def test_a_thinner_cell_has_the_bins_of_its_depth(store, vocabulary):
     many = replace(store, matrix=large, total=store.total * 1e6, logged=np.zeros(len(store), dtype=bool))
     cells = np.arange(40)
     made = [
-        make(many, vocabulary, thin=thin, panel=0.0).make(ANNOTATE, cells, np.random.default_rng(0)) for thin in (0, 1)
+        make(many, vocabulary, downsample=thin, panel=0.0).make(ANNOTATE, cells, np.random.default_rng(0))
+        for thin in (0, 1)
     ]
     bins = [
         [dict(zip(*row, strict=True)) for row in zip(b.entity.tolist(), b.value.tolist(), strict=True)] for b in made
@@ -417,12 +417,12 @@ def test_ranks_share_the_batch_that_one_would_have(store, vocabulary, network, o
 
 def test_more_ranks_than_cells_are_refused(store, vocabulary):
     batches = make(store, vocabulary, cells=4)
-    with pytest.raises(RecipeError, match="least_cells"):
+    with pytest.raises(RecipeError, match="min_cells"):
         batches.batch(0, rank=5, world=6)
 
 
 def test_what_is_made_ahead_is_what_would_be_made(store, vocabulary):
-    plain, ahead = (make(store, vocabulary, ahead=n) for n in (0, 3))
+    plain, ahead = (make(store, vocabulary, prefetch=n) for n in (0, 3))
     for step in (0, 1, 2, 3, 9, 10, 2, 3, 4):
         assert same(plain.batch(step), ahead.batch(step))
 
@@ -430,7 +430,7 @@ def test_what_is_made_ahead_is_what_would_be_made(store, vocabulary):
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 1000), st.sampled_from([8, 16, 32, 64]), st.sampled_from([1, 4, 8]), st.integers(2, 9))
 def test_an_epoch_reads_every_cell_once(store, vocabulary, seed, window, block, cells):
-    batches = make(store, vocabulary, seed, order="epoch", window=window, block=block, cells=cells, ahead=0)
+    batches = make(store, vocabulary, seed, order="epoch", window=window, block=block, cells=cells, prefetch=0)
     tasks = []
     for epoch in range(2):
         read_cells = []
@@ -462,7 +462,7 @@ def test_cells_without_words_are_left_out_of_an_epoch(store, vocabulary):
 
 def test_a_task_has_its_share_of_an_epoch(store, vocabulary):
     shares = {"generate": 0.7, "annotate": 0.3}
-    batches = make(store, vocabulary, order="epoch", tasks=shares, ahead=0)
+    batches = make(store, vocabulary, order="epoch", tasks=shares, prefetch=0)
     number = dict.fromkeys(shares, 0)
     for step in range(20 * batches.epoch_steps):
         batch = batches.batch(step)

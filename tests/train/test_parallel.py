@@ -15,7 +15,7 @@ from scmulan._dist import RankError, Ranks, training_ranks
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.checkpoint import RunFolder
-from scmulan.train.config import ObjectiveSection, OptimizerSection, RunSection
+from scmulan.train.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from scmulan.train.parallel import whole, whole_network
 from scmulan.train.trainer import Trainer, read_log
 
@@ -37,9 +37,9 @@ def make(
         Mulan(config).initialise(0),
         Batches(store, vocabulary, BatchConfig(cells=9, generate_cells=6, positions=8, pool=4), 3),
         RunFolder(folder),
-        objective=ObjectiveSection(name=objective, value_weight=200.0 if objective == "published" else 1.0),
-        optimizer=OptimizerSection(steps=steps, warmup=3, rate=3e-3, average=average),
-        run=RunSection(**{"log_every": 1, "validate_every": 1, "checkpoint_minutes": 60.0, **run}),
+        objective=ObjectiveConfig(name=objective, value_weight=200.0 if objective == "published" else 1.0),
+        optimizer=OptimizerConfig(steps=steps, warmup_steps=3, learning_rate=3e-3, ema_decay=average),
+        run=RunConfig(**{"log_every": 1, "validate_every": 1, "checkpoint_minutes": 60.0, **run}),
         validate=validate,
         ranks=ranks,
     )

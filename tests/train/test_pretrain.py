@@ -22,7 +22,7 @@ from scmulan.errors import InputError, OutputError, RecipeError
 from scmulan.model.cost import batch_flops, faster_precision, gemm_rates
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import BatchConfig, Batches
-from scmulan.train.config import ObjectiveSection
+from scmulan.train.config import ObjectiveConfig
 from scmulan.train.estimate import activation_bytes, synthetic_batch, typical_step
 from scmulan.train.export import covered, curve, export_run
 from scmulan.train.pretrain import pretrain
@@ -42,8 +42,8 @@ RECIPE = """
 name = "small"
 description = "A test."
 model = {{ layers = 1, heads = 2, width = 16 }}
-batches = {{ cells = 8, generate_cells = 8, pool = 2, positions = 8, least_cells = 2 }}
-optimizer = {{ steps = 6, warmup = 2 }}
+batches = {{ cells = 8, generate_cells = 8, pool = 2, positions = 8, min_cells = 2 }}
+optimizer = {{ steps = 6, warmup_steps = 2 }}
 run = {{ log_every = 1, validate_every = 3 }}
 [data]
 {data}
@@ -112,7 +112,7 @@ def test_a_corpus_trains_without_its_held_out_donors(place, corpus_run):
 def test_what_a_recipe_may_not_say_beside_a_corpus(place, tmp_path):
     text = RECIPE.format(data=f"corpus = '{place}/corpus'\nfolder = 'x'")
     (tmp_path / "r.toml").write_text(text)
-    with pytest.raises(RecipeError, match="'folder' beside corpus"):
+    with pytest.raises(RecipeError, match=r"data\.folder beside corpus"):
         pretrain(tmp_path / "r.toml", tmp_path / "run")
     (tmp_path / "r.toml").write_text(RECIPE.format(data=f"corpus = '{place}/nowhere'"))
     with pytest.raises(InputError, match="nowhere: no such folder"):
@@ -145,7 +145,7 @@ def test_any_state_of_a_run_can_be_shipped(place, corpus_run, tmp_path):
 
 
 def test_what_is_shipped_is_the_average_where_one_is_kept(place):
-    report = pretrain(place / "corpus.toml", place / "averaged", changes=["optimizer.average=0.5"])
+    report = pretrain(place / "corpus.toml", place / "averaged", changes=["optimizer.ema_decay=0.5"])
     state = load_file(next((place / "averaged" / "checkpoints").glob("step-*")) / "shard-00001.safetensors")
     shipped = load_file(Path(report["model"]) / "model.safetensors")
     assert shipped.keys() == {name.removeprefix("model.") for name in state if name.startswith("model.")}
@@ -179,7 +179,7 @@ def test_the_cost_is_told_before_the_run(place):
     assert real["parameters"] == dry["parameters"]
     size = dry["bytes_per_rank"]
     assert size["weights"] == size["gradients"] == size["optimizer"] / 2 == 4 * real["parameters"]
-    averaged = pretrain(place / "files.toml", changes=["vocabulary.genes=90", "optimizer.average=0.9"], dry_run=True)
+    averaged = pretrain(place / "files.toml", changes=["vocabulary.genes=90", "optimizer.ema_decay=0.9"], dry_run=True)
     assert averaged["bytes_per_rank"]["optimizer"] == 12 * real["parameters"]
     from_corpus = pretrain(place / "corpus.toml", dry_run=True)
     assert from_corpus["cells"] == 120 and from_corpus["genes"] == 80
@@ -189,8 +189,8 @@ def test_the_cost_is_told_before_the_run(place):
 def test_a_typical_step_is_the_mean_of_real_ones(vocabulary, store, task):
     """Of cells that are as long as the recipe allows."""
     config = BatchConfig(
-        cells=8, generate_cells=8, tasks={task: 1.0}, prompt_words=14, prompt_words_least=4, target_words=14,
-        target_words_least=4, positions=5, panel=0.0, thin=0.0, pool=4,
+        cells=8, generate_cells=8, tasks={task: 1.0}, max_prompt_genes=14, min_prompt_genes=4, max_target_genes=14,
+        min_target_genes=4, positions=5, panel=0.0, downsample=0.0, pool=4,
     )  # fmt: skip
     batches = Batches(store, vocabulary, config, 0)
     made = [batches.batch(step) for step in range(60)]
@@ -219,7 +219,7 @@ def test_activations_take_the_bytes_that_were_told(recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        batch_loss(model, batch, ObjectiveSection())
+        batch_loss(model, batch, ObjectiveConfig())
     told = activation_bytes(config, batch.words, 0, recompute=recompute)  # the loss keeps nothing where hooks see it
     if recompute:  # what a block keeps while it is computed again is not seen here
         told -= 16 * config.width * batch.words * 4
@@ -234,7 +234,7 @@ def test_operations_are_those_that_torch_counts():
     model = Mulan(config).initialise(0)
     batch = synthetic_batch(config, 3, 40, 60)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        entity, value = batch_loss(model, batch, ObjectiveSection())
+        entity, value = batch_loss(model, batch, ObjectiveConfig())
         (entity + value).backward()
     masked = 3 * config.layers * 4 * config.width * 3 * 40 * 39 / 2  # the half that a causal mask hides
     told = batch_flops(config, batch.words, 3, len(batch.positions))
@@ -280,7 +280,7 @@ def test_written_cells_stop_when_the_end_is_likely(vocabulary, network):
 
 @pytest.mark.parametrize("objective", ["next_word", "published"])
 def test_validation_is_the_same_on_any_number_of_processes(vocabulary, store, network, tmp_path, objective):
-    section = ObjectiveSection(name=objective)
+    section = ObjectiveConfig(name=objective)
     same = np.eye(len(vocabulary), dtype=bool)
 
     def check(ranks):

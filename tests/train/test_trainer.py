@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scmulan.errors import RecipeError
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.checkpoint import RunFolder, read_tensors
-from scmulan.train.config import ObjectiveSection, OptimizerSection, RunSection
+from scmulan.train.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from scmulan.train.losses import value_pairs
 from scmulan.train.trainer import Trainer, batch_loss, cut, learning_rate, make_optimizer, read_log
 from scmulan.vocab.tasks import TASKS
@@ -44,9 +45,9 @@ def trainer(vocabulary, store, folder, *, validate=None, seed=0, dropout=0.0, **
         Mulan(config).initialise(seed),
         batches,
         RunFolder(folder),
-        objective=ObjectiveSection(name=settings.pop("objective", "next_word")),
-        optimizer=OptimizerSection(**{"steps": STEPS, "warmup": 3, "rate": 3e-3, **settings}),
-        run=RunSection(log_every=1, validate_every=1, checkpoint_minutes=60.0),
+        objective=ObjectiveConfig(name=settings.pop("objective", "next_word")),
+        optimizer=OptimizerConfig(**{"steps": STEPS, "warmup_steps": 3, "learning_rate": 3e-3, **settings}),
+        run=RunConfig(log_every=1, validate_every=1, checkpoint_minutes=60.0),
         validate=validate,
     )
     if isinstance(validate, Stopper):
@@ -66,8 +67,8 @@ def curve(made):
 
 @pytest.mark.parametrize("objective", ["next_word", "published"])
 def test_a_small_run_learns_all_three_tasks(vocabulary, store, tmp_path, objective):
-    made = trainer(vocabulary, store, tmp_path, steps=120, warmup=10, objective=objective)
-    all_positions = Batches(store, vocabulary, BatchConfig(positions=0, panel=0.0, thin=0.0), 0)
+    made = trainer(vocabulary, store, tmp_path, steps=120, warmup_steps=10, objective=objective)
+    all_positions = Batches(store, vocabulary, BatchConfig(positions=0, panel=0.0, downsample=0.0), 0)
 
     def losses():
         found = {}
@@ -91,19 +92,19 @@ def test_a_small_run_learns_all_three_tasks(vocabulary, store, tmp_path, objecti
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_interrupted_run_ends_with_the_same_weights(vocabulary, store, tmp_path, number, dropout):
     average = 0.7 if dropout else 0.0
-    whole = trainer(vocabulary, store, tmp_path / "whole", dropout=dropout, average=average)
+    whole = trainer(vocabulary, store, tmp_path / "whole", dropout=dropout, ema_decay=average)
     assert whole.train()
 
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     stopped = trainer(
-        vocabulary, store, tmp_path / "cut", dropout=dropout, average=average, validate=Stopper(5, number)
+        vocabulary, store, tmp_path / "cut", dropout=dropout, ema_decay=average, validate=Stopper(5, number)
     )
     assert not stopped.train()
     assert stopped.step == 5
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     torch.rand(7)  # what other code draws in between must not matter
-    again = trainer(vocabulary, store, tmp_path / "cut", dropout=dropout, average=average)
+    again = trainer(vocabulary, store, tmp_path / "cut", dropout=dropout, ema_decay=average)
     assert again.resume()
     assert again.step == 5
     assert again.train()
@@ -120,7 +121,7 @@ def test_the_average_is_what_is_validated_and_training_goes_on_from_the_weights(
         return lambda model: seen.append({n: w.clone() for n, w in model.state_dict().items()}) or {}
 
     averages, each = [], []
-    made = trainer(vocabulary, store, tmp_path / "a", average=0.6, validate=keep(averages))
+    made = trainer(vocabulary, store, tmp_path / "a", ema_decay=0.6, validate=keep(averages))
     plain = trainer(vocabulary, store, tmp_path / "b", validate=keep(each))
     expected = {name: weight.clone() for name, weight in weights(plain).items()}
     assert made.train() and plain.train() and len(averages) == len(each) == STEPS
@@ -219,7 +220,7 @@ def test_parts_of_a_batch_add_up_to_it(vocabulary, store, network):
         for parts in (2, 3, 7):
             shares = [cut(whole, i, parts) for i in range(parts)]
             for name in ("next_word", "published"):
-                objective = ObjectiveSection(name=name, value_weight=2.0)
+                objective = ObjectiveConfig(name=name, value_weight=2.0)
                 pairs = sum(value_pairs(part.targets) for part in shares)
                 assert pairs == value_pairs(whole.targets)
                 expected = batch_loss(network, whole, objective)
@@ -232,7 +233,7 @@ def test_parts_of_a_batch_add_up_to_it(vocabulary, store, network):
 def test_what_tensorboard_shows_is_what_the_log_says(vocabulary, store, tmp_path):
     pytest.importorskip("tensorboard")
     made = trainer(vocabulary, store, tmp_path, steps=3)
-    made.run_config.tensorboard = True
+    made.run_config = replace(made.run_config, tensorboard=True)
     made.validate = lambda _: {"accuracy": 0.25}
     made.train()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -245,7 +246,7 @@ def test_what_tensorboard_shows_is_what_the_log_says(vocabulary, store, tmp_path
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():
-    config = OptimizerSection(steps=110, warmup=10, rate=1.0, final_rate=0.1)
+    config = OptimizerConfig(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
     rates = [learning_rate(step, config) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
@@ -255,7 +256,7 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_only_matrices_decay(network):
-    groups = make_optimizer(network, OptimizerSection(weight_decay=0.3)).param_groups
+    groups = make_optimizer(network, OptimizerConfig(weight_decay=0.3)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert len(decay) == len(list(network.parameters()))
     for name, parameter in network.named_parameters():
@@ -266,7 +267,7 @@ def test_only_matrices_decay(network):
 def test_gradients_are_clipped(vocabulary, store, tmp_path):
     sizes = []
     for clip in (1e-6, 1.0):
-        made = trainer(vocabulary, store, tmp_path / str(clip), clip=clip)
+        made = trainer(vocabulary, store, tmp_path / str(clip), grad_clip=clip)
         recent = {}
         made._one_step(recent)
         norm = torch.stack([p.grad.norm() for p in made.model.parameters() if p.grad is not None]).norm().item()

@@ -37,12 +37,12 @@ genes = 500
 [batches]
 cells = 24
 generate_cells = 24
-least_cells = 8
-words = 4096
+min_cells = 8
+tokens = 4096
 pool = 8
 [optimizer]
 steps = {steps}
-warmup = 10
+warmup_steps = 10
 [run]
 log_every = 1
 validate_every = 0

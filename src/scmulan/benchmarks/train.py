@@ -21,7 +21,7 @@ from scmulan.data.memory import CellStore
 from scmulan.model.cost import batch_flops
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import Batch, BatchConfig, Batches
-from scmulan.train.config import ObjectiveSection, OptimizerSection
+from scmulan.train.config import ObjectiveConfig, OptimizerConfig
 from scmulan.train.estimate import synthetic_batch, typical_step
 from scmulan.train.trainer import batch_loss, make_optimizer
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
@@ -31,12 +31,12 @@ TARGETS = {"share_of_ceiling_368m": 0.60, "share_of_ceiling_mini": 0.35}
 MINI = MulanConfig(
     layers=3, heads=4, width=128, set_state=True, value_spread=True, word_bias=True, bounded_genes=True, dropout=0.1
 )
-MINI_BATCHES = {"tasks": {"annotate": 0.66, "generate": 0.28, "locate": 0.06}, "positions_total": 1024}
+MINI_BATCHES = {"tasks": {"annotate": 0.66, "generate": 0.28, "locate": 0.06}, "max_positions": 1024}
 # The batch of recipes/scmulan-368m.toml, all of whose words are read.
 LARGE_CELLS = 408
 LARGE_BATCHES = BatchConfig(
-    cells=LARGE_CELLS, generate_cells=LARGE_CELLS, words=10**9, prompt_words=1550, prompt_words_least=1550,
-    target_words=1550, target_words_least=1550, positions=0,
+    cells=LARGE_CELLS, generate_cells=LARGE_CELLS, tokens=10**9, max_prompt_genes=1550, min_prompt_genes=1550,
+    max_target_genes=1550, min_target_genes=1550, positions=0,
 )  # fmt: skip
 
 
@@ -76,9 +76,9 @@ def _mini(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
     vocabulary, store = made_up_cells()
     config = replace(MINI, vocabulary=len(vocabulary))
     batches = Batches(store, vocabulary, BatchConfig(**MINI_BATCHES), 0)  # type: ignore[arg-type]
-    objective = ObjectiveSection()
+    objective = ObjectiveConfig()
     model = Mulan(config).initialise(0)
-    optimizer = make_optimizer(model, OptimizerSection())
+    optimizer = make_optimizer(model, OptimizerConfig())
     pool = range(16 if quick else batches.config.pool)
     steps = [batches.batch(i) for i in pool]
     padding = 1 - sum(b.words for b in steps) / sum(b.entity.numel() for b in steps)
@@ -109,11 +109,11 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
     """Steps of the published shape (of two blocks where it has to be quick) on few sentences of 300–600 words."""
     config = MulanConfig(layers=2 if quick else 24)
     sentences, words = (1, 300) if quick else (3, 512)
-    objective = ObjectiveSection(name="published", value_weight=200.0)
+    objective = ObjectiveConfig(name="published", value_weight=200.0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mulan(config)
-    optimizer = make_optimizer(model, OptimizerSection())
+    optimizer = make_optimizer(model, OptimizerConfig())
     batch = synthetic_batch(config, sentences, words, sentences * words)
     flops = batch_flops(config, batch.words, sentences, len(batch.positions))
     _step(model, optimizer, batch, objective)
@@ -134,7 +134,7 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
 
 
 def _step(
-    model: Mulan, optimizer: torch.optim.Optimizer, batch: Batch, objective: ObjectiveSection
+    model: Mulan, optimizer: torch.optim.Optimizer, batch: Batch, objective: ObjectiveConfig
 ) -> tuple[float, float]:
     """Seconds of a step, and of the optimiser in it (with clipping)."""
     start = time.perf_counter()
@@ -199,7 +199,7 @@ def loss_bytes(form: str, sentences: int, words: int = 1550) -> int:
     model = Mulan(config)
     batch = synthetic_batch(config, sentences, words, sentences * words)
     hidden = torch.zeros(len(batch.positions), config.width, requires_grad=True)
-    objective = ObjectiveSection(name="published", value_weight=200.0)
+    objective = ObjectiveConfig(name="published", value_weight=200.0)
     loss = dense_loss if form == "dense" else _chunked
     loss(model, hidden[:64], replace_positions(batch, 64), objective).backward()  # whatever is made on first use
     model.zero_grad(set_to_none=True)
@@ -222,14 +222,14 @@ def replace_positions(batch: Batch, number: int) -> Batch:
     return replace(batch, positions=batch.positions[:number], targets=targets)
 
 
-def _chunked(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveSection) -> torch.Tensor:
+def _chunked(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveConfig) -> torch.Tensor:
     from scmulan.train.losses import objective_loss
 
     entity, value = objective_loss(model, hidden, batch.targets, objective="published", value_weight=200.0)
     return entity + objective.value_weight * value
 
 
-def dense_loss(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveSection) -> torch.Tensor:
+def dense_loss(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveConfig) -> torch.Tensor:
     """Published loss written with one table of positions × words for each of its parts."""
     t = batch.targets
     target = (t.place[t.row] >= t.said[:, None]).float()

@@ -135,10 +135,10 @@ class Batches:
         RecipeError
             If there are more ranks than cells in a batch.
         """
-        if self.config.ahead == 0:
+        if self.config.prefetch == 0:
             return self._batch(step, rank, world)
         made = self._waiting.pop((step, rank, world), None)
-        ahead = {(step + 1 + i, rank, world) for i in range(self.config.ahead)}
+        ahead = {(step + 1 + i, rank, world) for i in range(self.config.prefetch)}
         for key in set(self._waiting) - ahead:
             self._waiting.pop(key).cancel()
         if self._thread is None:
@@ -164,8 +164,8 @@ class Batches:
         """Sentences of some rows of a batch."""
         if len(rows) == 0:
             raise RecipeError(
-                f"a batch of {len(drawn)} cells cannot be shared by more ranks: set batches.least_cells to at least "
-                "the number of ranks, and batches.words high enough"
+                f"a batch of {len(drawn)} cells cannot be shared by more ranks: set batches.min_cells to at least "
+                "the number of ranks, and batches.tokens high enough"
             )
         task, mine, store = drawn.task, drawn.take(rows), self.store
         given = Family.GENE in task.prompt
@@ -175,7 +175,7 @@ class Batches:
         study = store.study[mine.cells]
         hints, hint_number = packed(metadata, task.hints)
         asked, asked_number = packed(metadata, task.target)
-        sampled = min(self.config.positions, max(4, self.config.positions_total // len(drawn)))
+        sampled = min(self.config.positions, max(4, self.config.max_positions // len(drawn)))
         entity = np.zeros((n, int(mine.words.max())), dtype=np.int64)
         value = np.zeros_like(entity)
         prompt, length, number = (np.zeros(n, dtype=np.int64) for _ in range(3))

@@ -1,163 +1,168 @@
-"""A training run as one reviewable TOML file; every setting has a default, unknown ones are refused."""
+"""The recipe of a training run: one TOML file that can be reviewed, every setting with a default and its bounds."""
 
 import dataclasses
 import importlib.util
-import json
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
+from scmulan._settings import Meta, OneOf, convert, read_toml
 from scmulan.data.spec import StudySpec, read_spec
 from scmulan.errors import RecipeError
 from scmulan.train.batches import BatchConfig
+from scmulan.vocab.tasks import TASKS
 
-T = TypeVar("T")
 
-
-@dataclass(kw_only=True, slots=True)
-class ModelSection:
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ModelConfig:
     """Shape of the network; its vocabulary's size follows from the data."""
 
-    layers: int = 4
+    layers: Annotated[int, Meta(ge=1)] = 4
     """Decoder blocks."""
-    heads: int = 4
+    heads: Annotated[int, Meta(ge=1)] = 4
     """Attention heads."""
-    width: int = 128
-    """Size of a hidden state."""
+    width: Annotated[int, Meta(ge=1)] = 128
+    """Size of a hidden state; a multiple of ``heads``."""
     bias: bool = False
     """Biases in linear layers and norms."""
     set_state: bool = True
-    """A summary of the words so far at the input of each position."""
+    """A summary of the tokens so far at the input of each position."""
     value_spread: bool = True
     """Values as distributions over the bins."""
     word_bias: bool = True
-    """A bias of each word in the entity head; with it, weights start from counts (``training/start.py``)."""
+    """A bias of each token in the entity head; with it, weights are initialised from counts (``train/init.py``)."""
     bounded_genes: bool = True
-    """Genes compete to be the next word with weight σ(logit) instead of exp(logit)."""
-    dropout: float = 0.0
+    """Genes compete to be the next token with weight σ(logit) instead of exp(logit)."""
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Dropout of the residual branches."""
 
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width}: expected a multiple of heads, which is {self.heads}")
 
-@dataclass(kw_only=True, slots=True)
-class VocabularySection:
-    """Which words the model has."""
 
-    genes: int = 4000
-    """Number of gene words, the most variable over all studies."""
+@dataclass(kw_only=True, frozen=True, slots=True)
+class VocabularyConfig:
+    """Which tokens the model has."""
+
+    genes: Annotated[int, Meta(ge=1)] = 4000
+    """Number of genes, the most variable over all studies."""
     file: str = ""
-    """A vocabulary JSON to use instead ("published" for the release's 2,222 words)."""
+    """A vocabulary JSON to use instead ("published" for the release's 2,222 tokens)."""
 
 
-@dataclass(kw_only=True, slots=True)
-class ObjectiveSection:
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ObjectiveConfig:
     """What is minimised."""
 
-    name: str = "next_word"
-    """"next_word" or "published"."""
-    value_weight: float = 1.0
+    name: Literal["next_word", "published"] = "next_word"
+    """"next_word": cross-entropy of the next token; "published": the release's set prediction."""
+    value_weight: Annotated[float, Meta(ge=0)] = 1.0
     """Weight of the value loss (published: 200)."""
-    task_weights: dict[str, float] = field(default_factory=lambda: {"annotate": 1.0, "generate": 1.0, "locate": 1.0})
+    task_weights: dict[Annotated[str, OneOf(TASKS)], Annotated[float, Meta(ge=0)]] = field(
+        default_factory=lambda: {"annotate": 1.0, "generate": 1.0, "locate": 1.0}
+    )
     """Weight of each task's loss."""
     ontology: bool = False
     """Whether a finer cell type satisfies a coarser label. Off by default: where no study tells the two apart, all
     cells of the coarser label may drift to the finer one (all B cells to plasmablasts)."""
 
 
-@dataclass(kw_only=True, slots=True)
-class OptimizerSection:
+@dataclass(kw_only=True, frozen=True, slots=True)
+class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    steps: int = 1000
+    steps: Annotated[int, Meta(ge=1)] = 1000
     """Optimiser steps."""
-    rate: float = 1e-3
+    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
     """Highest learning rate."""
-    final_rate: float = 1e-5
+    final_learning_rate: Annotated[float, Meta(ge=0)] = 1e-5
     """Learning rate at the end."""
-    warmup: int = 100
+    warmup_steps: Annotated[int, Meta(ge=0)] = 100
     """Steps of warm-up."""
-    beta_1: float = 0.9
+    beta_1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
-    beta_2: float = 0.98
+    beta_2: Annotated[float, Meta(ge=0, lt=1)] = 0.98
     """Decay of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.1
     """Decay of matrices (not of norms, scales, biases)."""
-    clip: float = 1.0
+    grad_clip: Annotated[float, Meta(gt=0)] = 1.0
     """Largest norm of a step's gradient."""
-    average: float = 0.0
-    """Share of a running average of the weights that each step leaves (0: none is kept). Where it is kept, it is what
-    is validated and exported."""
+    ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Fraction of an exponential moving average of the weights that each step leaves (0: none is kept). Where it is
+    kept, it is what is validated and exported."""
 
 
-@dataclass(kw_only=True, slots=True)
-class RunSection:
-    """How the run behaves."""
+@dataclass(kw_only=True, frozen=True, slots=True)
+class RunConfig:
+    """How the run behaves; all of it may change when a run is continued."""
 
-    precision: str = "fp32"
-    """"fp32", "bf16" (autocast), or "auto": the faster one, by timing a few matrix products of the model's shapes."""
-    parallel: str = "ddp"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """"bf16": autocast; "auto": the faster one, by timing a few matrix products of the model's shapes."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     """How the processes of a torchrun job work together: "ddp" (each holds all weights) or "fsdp" (``fully_shard``)."""
-    accumulate: int = 1
-    """Parts into which each process cuts its share of a batch: less memory, the same step."""
+    accumulate: Annotated[int, Meta(ge=1)] = 1
+    """Parts into which each process cuts its rows of a batch: less memory, the same step."""
     recompute: bool = False
     """Activation checkpointing: blocks are computed again in the backward pass; a third more work, far less memory."""
-    timeout_seconds: float = 60.0
+    timeout_seconds: Annotated[float, Meta(gt=0)] = 60.0
     """How long a process waits for another one before the job ends."""
     tensorboard: bool = False
     """Whether the log is also written for TensorBoard."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Annotated[float, Meta(ge=0)] = 5.0
     """Minutes between checkpoints."""
-    keep: int = 2
+    keep: Annotated[int, Meta(ge=1)] = 2
     """Checkpoints kept."""
-    log_every: int = 20
+    log_every: Annotated[int, Meta(ge=1)] = 20
     """Steps between lines of the log."""
-    validate_every: int = 500
+    validate_every: Annotated[int, Meta(ge=0)] = 500
     """Steps between validations (0: never)."""
-    validate_cells: int = 4000
-    """Held-out cells that a validation reads, at most."""
+    validate_cells: Annotated[int, Meta(ge=1)] = 4000
+    """Largest number of held-out cells that a validation reads."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CorpusData:
+    """The ``[data]`` of a recipe that trains on a corpus."""
+
+    corpus: Annotated[str, Meta(min_length=1)]
+    """Folder that ``scmulan corpus build`` wrote."""
+    split: str | None = None
+    """File of ``scmulan corpus split``; by default the corpus' own."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Recipe:
     """Everything that determines a training run."""
 
-    name: str = "model"
+    name: Annotated[str, Meta(min_length=1)] = "model"
     """Name of the resulting model."""
     description: str = ""
     """One paragraph for its card: what it is for."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     """All randomness follows from it."""
-    model: ModelSection = field(default_factory=ModelSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
     """Network."""
-    vocabulary: VocabularySection = field(default_factory=VocabularySection)
-    """Words."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """Tokens."""
     batches: BatchConfig = field(default_factory=BatchConfig)
-    """Sentences."""
-    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    """Batches of sentences."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Loss."""
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser."""
-    run: RunSection = field(default_factory=RunSection)
+    run: RunConfig = field(default_factory=RunConfig)
     """Behaviour."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Training cells: h5ad files, see :mod:`scmulan.data.spec`; or ``corpus``, a folder that ``scmulan corpus build``
-    wrote, with its own vocabulary, and ``split``, a file of ``scmulan corpus split`` (default: the corpus' own)."""
+    """Training cells: h5ad files, see :mod:`scmulan.data.spec`; or a corpus, see :class:`CorpusData`."""
     validation: dict[str, Any] = field(default_factory=dict)
-    """Cells of other studies to watch, in the same form; may be left out."""
+    """Held-out files to score, in the same form; may be left out."""
 
     def corpus(self, base: Path) -> Path | None:
         """Corpus folder that is trained on, or None where it is files."""
-        if "corpus" not in self.data:
-            return None
-        unknown = set(self.data) - {"corpus", "split"}
-        if unknown:
-            raise RecipeError(
-                f"[data]: {sorted(unknown)[0]!r} beside corpus: a corpus has its studies and words already"
-            )
-        return (base / self.data["corpus"]).resolve()
+        return (base / self.data["corpus"]).resolve() if "corpus" in self.data else None
 
     def corpus_split(self, base: Path) -> Path | None:
         """Split file of the corpus, or None for its own."""
@@ -178,27 +183,28 @@ class Recipe:
         """All settings, defaults included."""
         return dataclasses.asdict(self)
 
-    def check(self) -> "Recipe":
-        """Refuse settings that cannot work."""
-        if self.objective.name not in ("next_word", "published"):
-            raise RecipeError(f"objective {self.objective.name!r} is unknown: expected 'next_word' or 'published'")
-        if self.run.precision not in ("fp32", "bf16", "auto"):
-            raise RecipeError(f"precision {self.run.precision!r} is unknown: expected 'fp32', 'bf16' or 'auto'")
-        if self.run.parallel not in ("ddp", "fsdp"):
-            raise RecipeError(f"run.parallel {self.run.parallel!r} is unknown: expected 'ddp' or 'fsdp'")
-        if self.run.accumulate < 1:
-            raise RecipeError(f"run.accumulate is {self.run.accumulate}: expected at least 1")
-        if self.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise RecipeError("run.tensorboard: the package is missing; pip install 'scmulan[tensorboard]'")
-        if self.optimizer.steps < 1:
-            raise RecipeError(f"optimizer.steps is {self.optimizer.steps}: expected at least 1")
-        if not 0 <= self.optimizer.average < 1:
-            raise RecipeError(f"optimizer.average is {self.optimizer.average}: expected a share below 1, or 0 for none")
-        return self
+
+# Former names of settings.
+RENAMED = {
+    "batches.words": "batches.tokens",
+    "batches.least_cells": "batches.min_cells",
+    "batches.prompt_words": "batches.max_prompt_genes",
+    "batches.prompt_words_least": "batches.min_prompt_genes",
+    "batches.target_words": "batches.max_target_genes",
+    "batches.target_words_least": "batches.min_target_genes",
+    "batches.positions_total": "batches.max_positions",
+    "batches.thin": "batches.downsample",
+    "batches.ahead": "batches.prefetch",
+    "optimizer.rate": "optimizer.learning_rate",
+    "optimizer.final_rate": "optimizer.final_learning_rate",
+    "optimizer.warmup": "optimizer.warmup_steps",
+    "optimizer.clip": "optimizer.grad_clip",
+    "optimizer.average": "optimizer.ema_decay",
+}
 
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """Recipe from a TOML file.
+    """Read a recipe from a TOML file.
 
     Parameters
     ----------
@@ -210,20 +216,34 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     Raises
     ------
     RecipeError
-        If the file is missing or no TOML, or a setting is unknown or of the wrong type.
+        If the file is missing or no TOML, or a setting is unknown, of the wrong type or out of bounds.
     """
     if not path.is_file():
         raise RecipeError(f"no such recipe: {path}")
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path} is not TOML: {error}") from None
+    raw = read_toml(path, "a recipe")
     for change in changes:
         _apply(raw, change)
-    return from_mapping(Recipe, raw, str(path)).check()
+    recipe = recipe_from_json(raw, str(path))
+    if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("run.tensorboard: the package is missing; pip install 'scmulan[tensorboard]'")
+    return recipe
+
+
+def recipe_from_json(raw: dict[str, Any], source: str) -> Recipe:
+    """Convert parsed TOML, or the JSON that a run keeps; ``source`` is the file's name for errors."""
+    recipe = convert(Recipe, raw, source, renamed=RENAMED)
+    if "corpus" in recipe.data:
+        extra = sorted(set(recipe.data) - {f.name for f in dataclasses.fields(CorpusData)})
+        if extra:
+            raise RecipeError(
+                f"{source}: data.{extra[0]} beside corpus: a corpus has its studies and vocabulary already"
+            )
+        convert(CorpusData, recipe.data, source, section="data")
+    return recipe
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
+    """Put a setting such as ``optimizer.steps=200`` into a parsed recipe."""
     key, sign, text = change.partition("=")
     if not sign:
         raise RecipeError(f"--set {change!r}: expected section.key=value")
@@ -237,27 +257,3 @@ def _apply(raw: dict[str, Any], change: str) -> None:
         if not isinstance(raw, dict):
             raise RecipeError(f"--set {change!r}: {section} is no section of the recipe")
     raw[last] = value
-
-
-def from_mapping(cls: type[T], raw: Mapping[str, Any], where: str) -> T:
-    """Dataclass from parsed TOML or JSON, with checked keys and types."""
-    hints = typing.get_type_hints(cls)
-    unknown = set(raw) - set(hints)
-    if unknown:
-        raise RecipeError(f"{where}: unknown setting {sorted(unknown)[0]!r}; expected one of {', '.join(hints)}")
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        kind = hints[key]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            if not isinstance(value, Mapping):
-                raise RecipeError(f"{where}: {key} is {value!r}, expected a section")
-            values[key] = from_mapping(kind, value, f"{where} [{key}]")
-            continue
-        plain = typing.get_origin(kind) or kind
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(plain, type) and not isinstance(plain, types.UnionType):
-            if not isinstance(value, plain) or (plain is not bool and isinstance(value, bool)):
-                raise RecipeError(f"{where}: {key} is {json.dumps(value)}, expected {plain.__name__}")
-        values[key] = value
-    return cls(**values)

@@ -16,7 +16,7 @@ from scmulan.data.readers import convert_to_h5ad, find_converter, open_study
 from scmulan.model.cost import batch_flops, faster_precision, gemm_rates, parameters
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import Batch, BatchConfig
-from scmulan.train.config import ObjectiveSection, Recipe
+from scmulan.train.config import ObjectiveConfig, Recipe
 from scmulan.train.export import model_config
 from scmulan.train.losses import Targets, chunk_rows
 from scmulan.train.trainer import batch_loss
@@ -64,7 +64,7 @@ def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
     flops = sum(w * batch_flops(config, s.words, s.sentences, s.positions) for (_, s), w in _zip(steps, weight))
     if plan.run.recompute:
         flops *= 4 / 3
-    precision = plan.run.precision
+    precision: str = plan.run.precision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = faster_precision(gemm_rates(config, device))
@@ -123,17 +123,18 @@ def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
 def typical_step(config: BatchConfig, task: str) -> Step:
     """Sentences, words and loss positions of a task's mean step, with sentences as long as the recipe allows."""
     if Family.GENE in TASKS[task].prompt:
-        least, most, cells = min(config.prompt_words_least, config.prompt_words), config.prompt_words, config.cells
+        most, cells = config.max_prompt_genes, config.cells
+        least = min(config.min_prompt_genes, most)
         length = (least + most) / 2
         answer = len(TASKS[task].target) + 1
     else:
-        least, most = min(config.target_words_least, config.target_words), config.target_words
+        least, most = min(config.min_target_genes, config.max_target_genes), config.max_target_genes
         cells = config.generate_cells
         length = (most - least) / math.log(most / least) if most > least else float(most)
         answer = round(length)
-    sentences = min(cells, max(4, config.words // round(length)))
+    sentences = min(cells, max(4, config.tokens // round(length)))
     if Family.GENE not in TASKS[task].prompt and config.positions:
-        answer = min(answer, config.positions, max(4, config.positions_total // sentences))
+        answer = min(answer, config.positions, max(4, config.max_positions // sentences))
     return Step(sentences=sentences, words=round(sentences * (length + 4)), positions=sentences * answer)
 
 
@@ -150,7 +151,7 @@ def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, pr
     return {
         "weights": 4 * number // parts + gathered,
         "gradients": 4 * number // parts,
-        "optimizer": (12 if plan.optimizer.average else 8) * number // parts,
+        "optimizer": (12 if plan.optimizer.ema_decay else 8) * number // parts,
         "activations": activation_bytes(
             config, math.ceil(step.words * share), math.ceil(step.positions * share),
             recompute=plan.run.recompute, precision=precision,
@@ -212,7 +213,7 @@ def synthetic_batch(config: MulanConfig, sentences: int, words: int, positions: 
     )
 
 
-def measured_speed(config: MulanConfig, objective: ObjectiveSection, precision: str, device: str = "cpu") -> float:
+def measured_speed(config: MulanConfig, objective: ObjectiveConfig, precision: str, device: str = "cpu") -> float:
     """Operations per second of forward and backward, on a network of the same width with as few blocks as time allows.
 
     Counted as in :func:`scmulan.model.cost.batch_flops`; the faster of two short steps.

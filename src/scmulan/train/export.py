@@ -16,7 +16,7 @@ from scmulan.model.cost import parameters
 from scmulan.model.loading import save_model
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.checkpoint import RunFolder, read_facts, read_tensors
-from scmulan.train.config import Recipe, from_mapping
+from scmulan.train.config import Recipe, recipe_from_json
 from scmulan.train.gene_count import Kinds, gene_counts_of
 from scmulan.train.trainer import read_log
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
@@ -108,7 +108,7 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
     with torch.device("meta"):
         network = Mulan(config)
     network.to_empty(device="cpu")
-    which = "average" if plan.optimizer.average else "model"
+    which = "average" if plan.optimizer.ema_decay else "model"
     read_tensors(checkpoint, {f"{which}.{name}": p.detach() for name, p in network.named_parameters()})
     facts = read_facts(checkpoint)
     card = training_card(run, plan, vocabulary, network.eval(), facts)
@@ -128,7 +128,7 @@ def read_run(run: Path) -> tuple[Recipe, Vocabulary]:
         if not (run / name).is_file():
             raise InputError(f"{run}: no {name}; expected a folder that `scmulan pretrain` wrote")
     raw = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    return from_mapping(Recipe, raw, str(run / "recipe.json")), Vocabulary.load(run / "vocabulary.json")
+    return recipe_from_json(raw, str(run / "recipe.json")), Vocabulary.load(run / "vocabulary.json")
 
 
 def model_config(plan: Recipe, words: int) -> MulanConfig:

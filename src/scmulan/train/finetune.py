@@ -20,7 +20,7 @@ from scmulan.model.folder import HASHES
 from scmulan.model.loading import LoadedModel, load_model, save_model
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.checkpoint import RunFolder
-from scmulan.train.config import ObjectiveSection, OptimizerSection, RunSection
+from scmulan.train.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from scmulan.train.early_stopping import EarlyStopping, StopTraining, score
 from scmulan.train.gene_count import fit_gene_counts
 from scmulan.train.init import fit_head, grow
@@ -138,11 +138,13 @@ def finetune(
 
     # Many short prompts: the same cell says other genes each time, and labels come from many cells at each step.
     batches = BatchConfig(
-        cells=64, generate_cells=32, prompt_words=160, tasks=_task_shares(train), panel=0.25, thin=0.25
+        cells=64, generate_cells=32, max_prompt_genes=160, tasks=_task_shares(train), panel=0.25, downsample=0.25
     )
     objective = _objective(parent)
     number = steps or _steps(train, epochs, batches)
-    optimizer = OptimizerSection(steps=number, rate=rate, final_rate=rate / 100, warmup=max(1, number // 20))
+    optimizer = OptimizerConfig(
+        steps=number, learning_rate=rate, final_learning_rate=rate / 100, warmup_steps=max(1, number // 20)
+    )
     every = max(10, number // CHECKS)
     settings = {
         "parent": parent.weights_hash,
@@ -169,13 +171,13 @@ def finetune(
         folder,
         objective=objective,
         optimizer=optimizer,
-        run=RunSection(validate_every=every),
+        run=RunConfig(validate_every=every),
         validate=lambda m: best.check(m, trainer.step),
     )
     report = _describe(store, watch, parent.vocabulary, vocabulary)
     progress(_plan_line(report, number))
     if not trainer.resume():
-        fit_head(network, train, vocabulary, objective.name, seed)  # type: ignore[arg-type]
+        fit_head(network, train, vocabulary, objective.name, seed)
         best.start(network)
     try:
         finished = trainer.train()
@@ -249,11 +251,11 @@ def _check_folder(out: Path, force: bool) -> None:
         raise OutputError(f"{out}: holds other things than a model, so --force does not replace it")
 
 
-def _objective(parent: LoadedModel) -> ObjectiveSection:
+def _objective(parent: LoadedModel) -> ObjectiveConfig:
     """Objective of the parent; a model that does not say which it had follows the publication."""
     if parent.card.get("objective", "published") == "published":
-        return ObjectiveSection(name="published", value_weight=200.0)
-    return ObjectiveSection(task_weights={"annotate": 1.0, "generate": 0.3, "locate": 0.5})
+        return ObjectiveConfig(name="published", value_weight=200.0)
+    return ObjectiveConfig(task_weights={"annotate": 1.0, "generate": 0.3, "locate": 0.5})
 
 
 def _task_shares(store: CellStore) -> dict[str, float]:
@@ -265,8 +267,8 @@ def _task_shares(store: CellStore) -> dict[str, float]:
 def _steps(store: CellStore, epochs: float | None, batches: BatchConfig) -> int:
     labelled = store.words(Family.FINE) >= 0
     share = batches.tasks["annotate"] / sum(batches.tasks.values())
-    longest = min(float(store.lengths[labelled].mean()), batches.prompt_words)
-    cells = min(batches.cells, max(4, batches.words / longest))  # long sentences leave room for fewer
+    longest = min(float(store.lengths[labelled].mean()), batches.max_prompt_genes)
+    cells = min(batches.cells, max(4, batches.tokens / longest))  # long sentences leave room for fewer
     steps = int(np.ceil((20 if epochs is None else epochs) * labelled.sum() / cells / share))
     return steps if epochs is not None else min(max(steps, 200), 3000)
 

@@ -17,7 +17,7 @@ from scmulan.model.cost import faster_precision, gemm_rates, parameters
 from scmulan.model.network import Mulan
 from scmulan.train.batches import Batches
 from scmulan.train.checkpoint import RunFolder
-from scmulan.train.config import Recipe, from_mapping, read_recipe
+from scmulan.train.config import Recipe, read_recipe, recipe_from_json
 from scmulan.train.estimate import describe_estimate, estimate
 from scmulan.train.export import export_run, file_manifest, model_config, remember_cells
 from scmulan.train.init import init_from_counts
@@ -193,7 +193,7 @@ def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def _completed(raw: dict[str, Any]) -> dict[str, Any]:
-    return from_mapping(Recipe, raw, "recipe.json").to_json()
+    return recipe_from_json(raw, "recipe.json").to_json()
 
 
 def _watching(

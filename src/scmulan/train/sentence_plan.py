@@ -8,10 +8,12 @@ Which sentences a step's batch has: tables alone decide it, so every rank can fo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Literal
 
 import numpy as np
 
 from scmulan._rng import uniforms
+from scmulan._settings import Meta, OneOf
 from scmulan.data.sampling import BalancedSampler, WindowShuffle
 from scmulan.data.store import CellSource
 from scmulan.train.sentence_kernels import NO_PANEL, SHARE_PANEL
@@ -24,53 +26,55 @@ SEEN = 0.5
 """Genes seen at a share s of a cell's depth are taken to be s ** SEEN of all: s if each had one count, 1 if many."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, frozen=True, slots=True)
 class BatchConfig:
-    """How training sentences are made."""
+    """Batches of training sentences: their size, their order, and how sentences vary."""
 
-    cells: int = 32
-    """Most cells per batch of prompts that give the genes."""
-    generate_cells: int = 128
-    """Most cells per batch of cells to write."""
-    words: int = 8_192
-    """Most padded words per batch: batches of long sentences have fewer cells (but at least ``least_cells``)."""
-    least_cells: int = 4
-    """Fewest cells per batch; no more ranks than these can share it."""
-    order: str = "weighted"
+    cells: Annotated[int, Meta(ge=1)] = 32
+    """Largest number of cells in a batch whose prompts hold the genes."""
+    generate_cells: Annotated[int, Meta(ge=1)] = 128
+    """Largest number of cells in a batch of the task "generate"."""
+    tokens: Annotated[int, Meta(ge=1)] = 8_192
+    """Largest number of padded tokens in a batch: batches of long sentences have fewer cells, down to ``min_cells``."""
+    min_cells: Annotated[int, Meta(ge=1)] = 4
+    """Smallest number of cells in a batch; at least the number of ranks."""
+    order: Literal["weighted", "epoch"] = "weighted"
     """"weighted": cells are drawn with replacement, by the powers below; "epoch": every cell once per epoch, for one of
-    the tasks that it can serve, in batches of about ``cells`` and ``words``."""
-    tasks: dict[str, float] = field(default_factory=lambda: {"annotate": 0.45, "generate": 0.45, "locate": 0.1})
-    """Share of batches of each task (of cells, with order "epoch")."""
-    prompt_words: int = 448
-    """Most gene words in a prompt; longer cells are cut to a random subset."""
-    prompt_words_least: int = 48
-    """A prompt's limit is drawn between this number and ``prompt_words``."""
-    target_words: int = 1024
-    """Most gene words read of a target; the set left to say is still the whole cell's."""
-    target_words_least: int = 16
-    """A target's limit is drawn between this number and ``target_words``, uniform in its logarithm: the beginning of
-    a sentence, where the cell is decided, is learned from more cells than its end."""
-    positions: int = 48
-    """Positions per generated cell at which the loss is taken (0: all)."""
-    positions_total: int = 1536
-    """Positions per batch of generated cells, at most (but at least four per cell)."""
-    study_power: float = 0.5
+    the tasks that it is eligible for, in batches of about ``cells`` and ``tokens``."""
+    tasks: Annotated[dict[Annotated[str, OneOf(TASKS)], Annotated[float, Meta(gt=0)]], Meta(min_length=1)] = field(
+        default_factory=lambda: {"annotate": 0.45, "generate": 0.45, "locate": 0.1}
+    )
+    """Relative number of batches of each task (of cells, with order "epoch")."""
+    max_prompt_genes: Annotated[int, Meta(ge=1)] = 448
+    """Largest number of genes in a prompt; longer cells are cut to a random subset."""
+    min_prompt_genes: Annotated[int, Meta(ge=1)] = 48
+    """A prompt's limit is drawn between this number and ``max_prompt_genes``."""
+    max_target_genes: Annotated[int, Meta(ge=1)] = 1024
+    """Largest number of genes read of a target; the set that is left to generate is still the whole cell's."""
+    min_target_genes: Annotated[int, Meta(ge=1)] = 16
+    """A target's limit is drawn between this number and ``max_target_genes``, uniform in its logarithm: the beginning
+    of a sentence, where the cell is decided, is learned from more cells than its end."""
+    positions: Annotated[int, Meta(ge=0)] = 48
+    """Positions per generated cell at which the loss is computed (0: all)."""
+    max_positions: Annotated[int, Meta(ge=1)] = 1536
+    """Largest number of such positions per batch (but at least four per cell)."""
+    study_power: Annotated[float, Meta(ge=0)] = 0.5
     """Studies are drawn in proportion to their number of cells to this power."""
-    label_power: float = 0.5
+    label_power: Annotated[float, Meta(ge=0)] = 0.5
     """Within a study, cell types are drawn in proportion to their number of cells to this power."""
-    organ_power: float = 1.0
-    """Each organ's chance, as it follows from the two above, is raised to this power (0: all organs alike)."""
-    panel: float = 0.5
-    """Chance that a prompt's genes are cut to those of another study or to a random share."""
-    thin: float = 0.5
-    """Chance that a prompt's counts are down-sampled."""
-    pool: int = 128
+    organ_power: Annotated[float, Meta(ge=0)] = 1.0
+    """Each organ's probability, as it follows from the two above, is raised to this power (0: all organs alike)."""
+    panel: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """Probability that a prompt's genes are cut to those of another study or to a random fraction."""
+    downsample: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """Probability that a prompt's counts are down-sampled."""
+    pool: Annotated[int, Meta(ge=1)] = 128
     """Batches that are drawn together and sorted by length, with order "weighted"."""
-    block: int = 64
+    block: Annotated[int, Meta(ge=1)] = 64
     """Neighbouring cells that are read together, with order "epoch"."""
-    window: int = 131_072
-    """Cells that are mixed and sorted by length, with order "epoch"."""
-    ahead: int = 2
+    window: Annotated[int, Meta(ge=1)] = 131_072
+    """Cells that are shuffled and sorted by length, with order "epoch"."""
+    prefetch: Annotated[int, Meta(ge=0)] = 2
     """Batches made in the background while one is used (0: none)."""
 
 
@@ -142,12 +146,12 @@ class Drawing:
         hint_size = (rng.random(n) * (packed(metadata, task.hints)[1] + 1)).astype(np.int64)
         thin, panel, share = np.ones(n), np.full(n, NO_PANEL), np.ones(n)
         if Family.GENE not in task.prompt:
-            least = np.log(min(config.target_words_least, config.target_words))
-            read = np.rint(np.exp(rng.uniform(least, np.log(config.target_words), n))).astype(np.int64)
+            least = np.log(min(config.min_target_genes, config.max_target_genes))
+            read = np.rint(np.exp(rng.uniform(least, np.log(config.max_target_genes), n))).astype(np.int64)
             words = hint_size + 1 + np.minimum(seen + 1, read)
             return Drawn(task, cells, words, read, hint_size, thin, panel, share)
-        read = rng.integers(min(config.prompt_words_least, config.prompt_words), config.prompt_words + 1, n)
-        thinned = (rng.random(n) < config.thin) & ~self.cells.logged[cells]
+        read = rng.integers(min(config.min_prompt_genes, config.max_prompt_genes), config.max_prompt_genes + 1, n)
+        thinned = (rng.random(n) < config.downsample) & ~self.cells.logged[cells]
         thin[thinned] = np.exp(rng.uniform(np.log(0.1), 0.0, n))[thinned]
         cut = rng.random(n) < config.panel
         other = rng.integers(len(self.cells.studies), size=n)
@@ -232,8 +236,8 @@ class WeightedPlan:
             drawn = self.drawing.draw(TASKS[name], self.balance.draw(k, config.pool * most, rng), rng)
             order = np.argsort(drawn.words, kind="stable").reshape(config.pool, most)
             for place, group in zip(places, rng.permutation(config.pool), strict=False):
-                room = config.words // int(drawn.words[order[group]].max())
-                out[int(place)] = drawn.take(rng.permutation(order[group])[: max(config.least_cells, room)])
+                room = config.tokens // int(drawn.words[order[group]].max())
+                out[int(place)] = drawn.take(rng.permutation(order[group])[: max(config.min_cells, room)])
         return [out[place] for place in range(config.pool)]
 
 
@@ -259,8 +263,8 @@ class EpochPlan:
         self._kept: tuple[tuple[int, int], list[Drawn]] | None = None
 
     def _number(self, cells: int, cost: float) -> int:
-        """Batches of a window: what its cells need, but no more than leave each task's ``least_cells``."""
-        tasks, least = len(self.config.tasks), self.config.least_cells
+        """Batches of a window: what its cells need, but no more than leave each task's ``min_cells``."""
+        tasks, least = len(self.config.tasks), self.config.min_cells
         room = (cells - tasks * (least - 1)) // least
         return min(cells, max(tasks, min(room, int(np.ceil(1.02 * cells * cost)))))
 
@@ -275,7 +279,7 @@ class EpochPlan:
 
     def _costs(self, drawn: Drawn) -> np.ndarray:
         most = most_cells(self.config, drawn.task)
-        return np.clip(drawn.words / self.config.words, 1 / most, max(1 / most, 1 / self.config.least_cells))
+        return np.clip(drawn.words / self.config.tokens, 1 / most, max(1 / most, 1 / self.config.min_cells))
 
     def _draw(self, cells: np.ndarray, epoch: int, rng: np.random.Generator) -> list[Drawn]:
         """Sentences of cells, each for one task, task by task."""
@@ -285,7 +289,7 @@ class EpochPlan:
         key = np.random.SeedSequence([self.seed, _TASK, epoch]).generate_state(1, np.uint64)[0]
         chosen = (uniforms(key, cells)[:, None] * cumulated[:, -1:] >= cumulated).sum(1)
         for k, number in enumerate(np.bincount(chosen, minlength=len(shares))):
-            if 0 < number < self.config.least_cells:  # too few for a batch: another task, where they can serve one
+            if 0 < number < self.config.min_cells:  # too few for a batch: another task, where they can serve one
                 few = np.flatnonzero(chosen == k)
                 others = can[few] * np.where(np.arange(len(shares)) == k, 0.0, shares)
                 chosen[few] = np.where(others.any(1), others.argmax(1), k)
@@ -307,7 +311,7 @@ class EpochPlan:
         number = self._batches[0 if window < len(self.windows) - 1 else 1]
         costs = [self._costs(d) for d in drawn]
         out = []
-        for d, cost, parts in zip(drawn, costs, _apportion(number, costs, self.config.least_cells), strict=True):
+        for d, cost, parts in zip(drawn, costs, _apportion(number, costs, self.config.min_cells), strict=True):
             order = np.argsort(d.words, kind="stable")
             done = np.cumsum(cost[order]) - cost[order] / 2
             cuts = np.searchsorted(done, np.arange(1, parts) * (done[-1] + cost[order[-1]] / 2) / parts)

@@ -25,7 +25,7 @@ from scmulan.model.cost import batch_flops
 from scmulan.model.network import Mulan
 from scmulan.train.batches import Batch, Batches
 from scmulan.train.checkpoint import RunFolder, cut_log
-from scmulan.train.config import ObjectiveSection, OptimizerSection, RunSection
+from scmulan.train.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from scmulan.train.ema import WeightAverage
 from scmulan.train.losses import objective_loss, value_pairs
 from scmulan.train.parallel import recompute_blocks, spread, synchronised
@@ -33,13 +33,13 @@ from scmulan.train.parallel import recompute_blocks, spread, synchronised
 T = TypeVar("T")
 
 
-def make_optimizer(model: Mulan, config: OptimizerSection) -> torch.optim.AdamW:
+def make_optimizer(model: Mulan, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, norms, scales and biases do not. Its moments exist from the start."""
     decay = [p for n, p in model.named_parameters() if p.dim() >= 2 and "gain" not in n and p.requires_grad]
     rest = [p for n, p in model.named_parameters() if (p.dim() < 2 or "gain" in n) and p.requires_grad]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.rate, betas=(config.beta_1, config.beta_2), fused=True
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta_1, config.beta_2), fused=True
     )
     # What AdamW would make at the first gradient: so a checkpoint holds the same tensors at every step.
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -51,30 +51,31 @@ def make_optimizer(model: Mulan, config: OptimizerSection) -> torch.optim.AdamW:
     return optimizer
 
 
-def learning_rate(step: int, config: OptimizerSection) -> float:
-    """Rate of a step: linear warm-up, then a cosine down to ``final_rate``."""
-    if step < config.warmup:
-        return config.rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.final_rate + (config.rate - config.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def learning_rate(step: int, config: OptimizerConfig) -> float:
+    """Rate of a step: linear warm-up, then a cosine down to ``final_learning_rate``."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    first, last = config.learning_rate, config.final_learning_rate
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def batch_loss(
-    model: Mulan, batch: Batch, objective: ObjectiveSection, pairs: float | None = None
+    model: Mulan, batch: Batch, objective: ObjectiveConfig, pairs: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Entity and value loss of one batch (``pairs``: see :func:`objective_loss`)."""
     hidden = model(batch.entity, batch.value)
     picked = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     value_weight = objective.value_weight if batch.task == "generate" or objective.name == "published" else 0.0
     return objective_loss(
-        model, picked, batch.targets, objective=objective.name, value_weight=value_weight, pairs=pairs  # type: ignore[arg-type]
+        model, picked, batch.targets, objective=objective.name, value_weight=value_weight, pairs=pairs
     )  # fmt: skip
 
 
 class Losses(nn.Module):
     """A step's forward pass, as the one module that DDP and ``fully_shard`` wrap."""
 
-    def __init__(self, model: Mulan, objective: ObjectiveSection) -> None:
+    def __init__(self, model: Mulan, objective: ObjectiveConfig) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
@@ -111,9 +112,9 @@ class Trainer:
         batches: Batches,
         folder: RunFolder,
         *,
-        objective: ObjectiveSection,
-        optimizer: OptimizerSection,
-        run: RunSection,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        run: RunConfig,
         validate: Callable[[Mulan], dict[str, float]] | None = None,
         ranks: Ranks | None = None,
         ceiling: float = 0.0,
@@ -131,7 +132,7 @@ class Trainer:
             recompute_blocks(model)
         self.losses = spread(Losses(model, objective), model, self.ranks, run.parallel)
         self.optimizer = make_optimizer(model, optimizer)
-        self.average = WeightAverage(model, optimizer.average) if optimizer.average else None
+        self.average = WeightAverage(model, optimizer.ema_decay) if optimizer.ema_decay else None
         self.step = 0
         self.words = 0
         self.cells = 0
@@ -267,8 +268,8 @@ class Trainer:
                 what = f"gradient is {norm} (the loss {entity + self.objective.value_weight * value:.4g})"
             raise RecipeError(
                 f"the {what} at step {self.step} (task {task}); weights, sentences and a report are in {where}, the "
-                "last checkpoint is older than that: lower optimizer.rate or optimizer.clip and start again in "
-                "another folder"
+                "last checkpoint is older than that: lower optimizer.learning_rate or optimizer.grad_clip and start "
+                "again in another folder"
             )
         self.optimizer.step()
         self.step += 1
@@ -299,7 +300,7 @@ class Trainer:
             return losses
 
     def _clip(self) -> torch.Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
 
     def _log_line(self, recent: dict[str, list[float]], seconds: float) -> dict[str, Any]:
         sums = {k: sum(recent.get(k, [])) / max(seconds, 1e-9) for k in ("cells", "words", "flops")}

@@ -183,7 +183,7 @@ def _losses(
         cells = np.flatnonzero(usable)
         if not len(cells):
             continue
-        plain = replace(config, panel=0.0, thin=0.0, tasks={name: 1.0}, prompt_words_least=config.prompt_words)
+        plain = replace(config, panel=0.0, downsample=0.0, tasks={name: 1.0}, min_prompt_genes=config.max_prompt_genes)
         rng = np.random.default_rng([seed, number])
         chosen = rng.permutation(cells)[:LOSS_CELLS]
         batch: Batch = Batches(store, vocabulary, plain, seed).make(task, chosen, rng)
