@@ -16,7 +16,15 @@ from scmulan.data.sampling import SamplerState
 from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
 from scmulan.train.losses import Targets
-from scmulan.train.sentence_kernels import write_rows
+from scmulan.train.sentence_kernels import (
+    Expression,
+    Genes,
+    Labels,
+    RowPlan,
+    Sentences,
+    TaskTokens,
+    write_sentences,
+)
 from scmulan.train.sentence_plan import BatchConfig, Drawing, Drawn, EpochPlan, WeightedPlan, packed
 from scmulan.vocab.tasks import TASKS, Task
 from scmulan.vocab.vocabulary import Family, Vocabulary
@@ -184,37 +192,19 @@ class Batches:
         most = sampled if not given and sampled else entity.shape[1] + 1
         said = np.zeros((n, most), dtype=np.int64)
         weight = np.zeros((n, most))
-        write_rows(
-            values.data,
-            values.indices,
-            values.indptr.astype(np.int64, copy=False),
-            np.asarray(store.total[mine.cells], dtype=np.float64),
-            np.asarray(store.logged[mine.cells]),
-            self.measured,
-            self.gene_ids,
-            stream_keys(key, rows),
-            mine.read,
-            mine.thin,
-            mine.panel,
-            mine.share,
-            hints,
-            hint_number,
-            mine.hint_size,
-            asked,
-            asked_number,
-            given,
-            self.vocabulary.prompts[task.name],
-            self.vocabulary.end,
-            sampled,
-            entity,
-            value,
-            prompt,
-            length,
-            place,
-            level,
-            said,
-            weight,
-            number,
+        write_sentences(
+            Expression(
+                values.data,
+                values.indices,
+                values.indptr.astype(np.int64, copy=False),
+                np.asarray(store.total[mine.cells], dtype=np.float64),
+                np.asarray(store.logged[mine.cells]),
+            ),
+            Genes(self.gene_ids, self.measured),
+            RowPlan(stream_keys(key, rows), mine.read, mine.thin, mine.panel, mine.share, mine.hint_size),
+            Labels(hints, hint_number, asked, asked_number),
+            TaskTokens(given, self.vocabulary.prompts[task.name], self.vocabulary.end, sampled),
+            Sentences(entity, value, prompt, length, place, level, number, said, weight),
         )
         row, column = np.nonzero(np.arange(most) < number[:, None])
         said = said[row, column]

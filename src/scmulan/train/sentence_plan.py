@@ -16,7 +16,7 @@ from scmulan._rng import uniforms
 from scmulan._settings import Meta, OneOf
 from scmulan.data.sampling import BalancedSampler, WindowShuffle
 from scmulan.data.store import CellSource
-from scmulan.train.sentence_kernels import NO_PANEL, SHARE_PANEL
+from scmulan.train.sentence_kernels import ALL_GENES, RANDOM_PANEL
 from scmulan.vocab.tasks import TASKS, Task
 from scmulan.vocab.vocabulary import METADATA, Family
 
@@ -95,9 +95,9 @@ class Drawn:
     thin
         float ``[n]``: share of the depth that is kept; 1 for all.
     panel
-        int64 ``[n]``: study whose genes are kept, or ``NO_PANEL``, or ``SHARE_PANEL``.
+        int64 ``[n]``: study whose genes are kept, or ``ALL_GENES``, or ``RANDOM_PANEL``.
     share
-        float ``[n]``: chance of each gene to be kept with ``SHARE_PANEL``.
+        float ``[n]``: chance of each gene to be kept with ``RANDOM_PANEL``.
     """
 
     task: Task
@@ -144,7 +144,7 @@ class Drawing:
         seen = np.asarray(self.lengths[cells], dtype=np.int64)
         metadata = self.cells.metadata[cells]
         hint_size = (rng.random(n) * (packed(metadata, task.hints)[1] + 1)).astype(np.int64)
-        thin, panel, share = np.ones(n), np.full(n, NO_PANEL), np.ones(n)
+        thin, panel, share = np.ones(n), np.full(n, ALL_GENES), np.ones(n)
         if Family.GENE not in task.prompt:
             least = np.log(min(config.min_target_genes, config.max_target_genes))
             read = np.rint(np.exp(rng.uniform(least, np.log(config.max_target_genes), n))).astype(np.int64)
@@ -156,7 +156,7 @@ class Drawing:
         cut = rng.random(n) < config.panel
         other = rng.integers(len(self.cells.studies), size=n)
         by_study = rng.random(n) < 0.5
-        panel[cut] = np.where(by_study, other, SHARE_PANEL)[cut]
+        panel[cut] = np.where(by_study, other, RANDOM_PANEL)[cut]
         share[cut] = rng.uniform(0.1, 1.0, n)[cut]
         left = thin**SEEN * np.where(cut & by_study, self.overlap[self.cells.study[cells], other], share)
         read = np.minimum(read, np.maximum((seen * left).astype(np.int64), np.minimum(FEWEST, seen)))
