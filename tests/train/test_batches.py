@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from scmulan.data.store import Selection
 from scmulan.errors import RecipeError
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.losses import objective_loss
-from scmulan.train.sentence_kernels import _positions, _thin
+from scmulan.train.sentence_kernels import downsample
 from scmulan.vocab.tasks import ANNOTATE, GENERATE, LOCATE, TASKS
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
@@ -48,12 +49,12 @@ def same(a, b):
 def read(batch):
     """(prompt words, words after the prompt, target words in order) of each sentence."""
     width = batch.entity.shape[1]
-    start = batch.positions - batch.targets.row * width - batch.targets.said + 1
+    start = batch.positions - batch.targets.row * width - batch.targets.index + 1
     out = []
     for i in range(len(batch.entity)):
         prompt = int(start[batch.targets.row == i][0])
         assert (start[batch.targets.row == i] == prompt).all()
-        place = batch.targets.place[i]
+        place = batch.targets.order[i]
         target = place.argsort()[(place < 0).sum() :].tolist()
         out.append((batch.entity[i, :prompt].tolist(), batch.entity[i, prompt:].tolist(), target))
     return out
@@ -91,7 +92,7 @@ def test_a_pool_is_sorted_by_length(store, vocabulary):
 
     def words(pool):
         batches = make(store, vocabulary, tasks={"generate": 1.0}, pool=pool, min_target_genes=5)
-        return [np.sort(batches._plan.batch(step).words) for step in range(8)]
+        return [np.sort([len(entity) for _, entity, *_ in sentences(batches.batch(step))]) for step in range(8)]
 
     sizes = sorted(words(8), key=lambda n: (n[0], n[-1]))
     assert all(a[-1] <= b[0] for a, b in itertools.pairwise(sizes))
@@ -145,30 +146,29 @@ def test_a_cut_target_still_holds_the_whole_cell(store, vocabulary):
     batches = make(store, vocabulary, max_target_genes=5, positions=3)
     for cell in range(20):
         batch = batches.make(GENERATE, np.array([cell]), np.random.default_rng(cell))
-        assert (batch.targets.said < 6).all()
+        assert (batch.targets.index < 6).all()
         _, said, target = read(batch)[0]
         assert said == target[:5]
         assert len(target) == store.matrix[cell].nnz + 1
 
 
 @pytest.mark.parametrize(("sampled", "max_target_genes"), [(4, 1000), (2, 1000), (0, 1000), (4, 10)])
-def test_sampled_positions_estimate_the_mean_over_all_of_them(sampled, max_target_genes):
-    draws = 4000
-    for number in (7, 21, 3):
-        words = min(number, max_target_genes)
-        asked = min(number, words + 1)  # the position after the words read can be asked, too
-        mean = np.zeros(number)
-        for draw in range(draws):
-            said, weight = np.zeros(32, dtype=np.int64), np.zeros(32)
-            key = np.random.SeedSequence([number, draw]).generate_state(1, np.uint64)[0]
-            _, n = _positions(key, number, words, sampled, np.zeros(64, dtype=np.int64), said, weight)
-            assert weight[:n].sum() == pytest.approx(1.0)
-            assert len(set(said[:n])) == n
-            assert n == (min(sampled, asked) if sampled else asked)
-            mean[said[:n]] += weight[:n] / draws
-        spread = (1 / max(sampled - 1, 1) / asked / draws) ** 0.5
-        assert np.abs(mean[:asked] - 1 / asked).max() < 5 * spread
-        assert not mean[asked:].any()
+def test_sampled_positions_estimate_the_mean_over_all_of_them(store, vocabulary, sampled, max_target_genes):
+    rows = 4000
+    for genes in (6, 20, 2):
+        cell = sp.csr_matrix((np.arange(60)[:, None] == 0) & (np.arange(60) < genes), dtype=np.float32)
+        batches = make(replace(store, matrix=cell), vocabulary, positions=sampled, max_target_genes=max_target_genes)
+        targets = batches.make(GENERATE, np.zeros(rows, dtype=np.int64), np.random.default_rng(genes)).targets
+        number = genes + 1  # the end is a target, too
+        reachable = min(number, max_target_genes + 1)  # the position after the tokens read is one, too
+        row, index, weight = (x.numpy() for x in (targets.row, targets.index, targets.weight))
+        assert np.bincount(row, weight) * rows == pytest.approx(np.ones(rows), rel=1e-5)
+        assert len(set(zip(row, index, strict=True))) == len(row)
+        assert (np.bincount(row) == (min(sampled, reachable) if sampled else reachable)).all()
+        mean = np.bincount(index, weight, minlength=number)
+        spread = (1 / max(sampled - 1, 1) / reachable / rows) ** 0.5
+        assert np.abs(mean[:reachable] - 1 / reachable).max() < 5 * spread
+        assert not mean[reachable:].any()
 
 
 @pytest.mark.parametrize("order", ["weighted", "epoch"])
@@ -212,7 +212,7 @@ def test_limits_of_batches_vary_within_their_bounds(store, vocabulary):
         batch = batches.make(LOCATE, cells, np.random.default_rng(seed))
         prompts.add(max(sum(vocabulary.is_gene[w] for w in prompt) for prompt, _, _ in read(batch)))
         batch = batches.make(GENERATE, cells, np.random.default_rng(seed))
-        targets.add(int(batch.targets.said.max()))
+        targets.add(int(batch.targets.index.max()))
     assert min(prompts) >= 5 and max(prompts) <= 30 and len(prompts) > 10
     assert min(targets) >= 3 and max(targets) <= 30 and len(targets) > 10
 
@@ -224,7 +224,7 @@ def test_labels_are_asked_for_at_every_position(store, vocabulary):
         batch = batches.make(task, usable, np.random.default_rng(0))
         for i, (_, _, target) in enumerate(read(batch)):
             mine = batch.targets.row == i
-            assert sorted(batch.targets.said[mine].tolist()) == list(range(len(target)))
+            assert sorted(batch.targets.index[mine].tolist()) == list(range(len(target)))
             assert batch.targets.weight[mine].sum() == pytest.approx(1 / len(usable))
 
 
@@ -262,7 +262,7 @@ def test_counts_are_thinned_as_sampling_would(store, vocabulary):
         for draw in range(draws):
             key = np.random.SeedSequence([least, draw]).generate_state(1, np.uint64)[0]
             genes, amounts = np.arange(len(counts)), counts.copy()
-            _, n, left = _thin(key, genes, amounts, len(counts), least, share, np.empty(len(counts)))
+            _, n, left = downsample(key, genes, amounts, len(counts), least, share, np.empty(len(counts)))
             assert n >= least and left >= share and (amounts[:n] >= 1).all()
             assert (amounts[:n] <= counts[genes[:n]]).all() and len(set(genes[:n])) == n
             sums[genes[:n]] += amounts[:n]
@@ -303,7 +303,7 @@ def test_cells_without_labels_are_never_annotated(store, vocabulary):
     for step in range(60):
         batch = batches.batch(step)
         if batch.task == "annotate":
-            assert (batch.targets.place[:, types] >= 0).any(1).all()
+            assert (batch.targets.order[:, types] >= 0).any(1).all()
 
 
 def test_rare_types_and_small_studies_get_more_than_their_share(store, vocabulary):
@@ -327,7 +327,7 @@ def test_generation_may_say_what_the_study_measured(store, vocabulary):
     rest = ~vocabulary.is_gene
     rest[vocabulary.end] = False
     assert batch.targets.allowed[:, vocabulary.end].all() and not batch.targets.allowed[:, rest].any()
-    assert batch.targets.allowed[batch.targets.place >= 0].all()
+    assert batch.targets.allowed[batch.targets.order >= 0].all()
 
 
 @pytest.mark.parametrize("task", [ANNOTATE, LOCATE])
@@ -380,9 +380,9 @@ def sentences(batch):
                 batch.entity[i, :used].tolist(),
                 batch.value[i, :used].tolist(),
                 (batch.positions[mine] - i * width).tolist(),
-                batch.targets.said[mine].tolist(),
+                batch.targets.index[mine].tolist(),
                 batch.targets.weight[mine].tolist(),
-                batch.targets.place[i].tolist(),
+                batch.targets.order[i].tolist(),
                 batch.targets.level[i].tolist(),
                 batch.targets.allowed[i].tolist(),
             )
@@ -400,9 +400,9 @@ def test_ranks_share_the_batch_that_one_would_have(store, vocabulary, network, o
         together = [None] * len(whole.cells)
         for rank, part in enumerate(parts):
             together[rank::world] = sentences(part)
-            assert (part.all_cells, part.all_words) == (len(whole.cells), whole.words)
+            assert (part.all_cells, part.all_tokens) == (len(whole.cells), whole.tokens)
         assert together == sentences(whole)
-        assert sum(part.words for part in parts) == whole.words == whole.all_words
+        assert sum(part.tokens for part in parts) == whole.tokens == whole.all_tokens
         assert not any(same(a, b) for a, b in itertools.combinations(parts, 2))
 
         def loss(batch):
@@ -467,7 +467,7 @@ def test_a_task_has_its_share_of_an_epoch(store, vocabulary):
     for step in range(20 * batches.epoch_steps):
         batch = batches.batch(step)
         number[batch.task] += len(batch.cells)
-    labelled = (batches._serves() == 3).mean()
+    labelled = (store.words(Family.FINE) >= 0).mean()
     assert number["annotate"] / (20 * len(store)) == pytest.approx(0.3 * labelled, abs=0.04)
 
 
@@ -523,8 +523,8 @@ def test_little_is_padding(real, order):
     batches = Batches(many, words, BatchConfig(order=order), 0)
     made = [batches.batch(step) for step in range(64)]
     assert {batch.task for batch in made} == set(TASKS)
-    assert 1 - sum(b.words for b in made) / sum(b.entity.numel() for b in made) <= 0.03
-    assert sum(b.words for b in made) >= 0.99 * sum(b.all_words for b in made)
+    assert 1 - sum(b.tokens for b in made) / sum(b.entity.numel() for b in made) <= 0.03
+    assert sum(b.tokens for b in made) >= 0.99 * sum(b.all_tokens for b in made)
     assert all(b.entity.numel() <= (1.1 if order == "epoch" else 1) * 8192 for b in made)
 
 

@@ -18,7 +18,7 @@ from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train import finetune as module
 from scmulan.train.early_stopping import EarlyStopping, StopTraining, score
 from scmulan.train.finetune import finetune
-from scmulan.train.init import fit_head, grow, relatives
+from scmulan.train.init import fit_head, relatives, resize_vocabulary
 from scmulan.train.labels import coarse_of, hold_out, label_relations_among
 from scmulan.vocab.genes import CoverageWarning
 from scmulan.vocab.vocabulary import Family, Vocabulary
@@ -245,7 +245,7 @@ def test_best_counts_patience_from_the_best_step(network, tmp_path):
 def test_a_grown_network_keeps_its_old_words(parent):
     model = scmulan.load(parent)
     new = model.vocabulary.extend(Family.FINE, ["killer T", "blob 7"]).extend(Family.ORGAN, ["Kidney"])
-    grown = grow(model.network, model.vocabulary, new, seed=0)
+    grown = resize_vocabulary(model.network, model.vocabulary, new, seed=0)
     entity = torch.randint(1, 80, (3, 12), generator=torch.Generator().manual_seed(0))
     value = torch.full_like(entity, 4)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_grown_network_keeps_its_old_words(parent):
         "word.weight", "set_state.word.weight", "entity_head.weight", "value_head.weight",
         "entity_bias", "log_scale", "value_bias",
     }  # fmt: skip
-    again = grow(model.network, model.vocabulary, new, seed=0).state_dict()
+    again = resize_vocabulary(model.network, model.vocabulary, new, seed=0).state_dict()
     assert all(torch.equal(w, again[n]) for n, w in grown.state_dict().items())
 
 
@@ -276,7 +276,7 @@ def test_a_new_word_starts_like_its_relatives(parent):
     assert relatives(old, Family.ORGAN, "Kidney").tolist() == old.ids(Family.ORGAN).tolist()
     assert len(relatives(old, Family.SEX, "female"))  # a family without words
     new = old.extend(Family.FINE, ["B cells", "blob 7", "blob 8"])
-    table = grow(model.network, old, new, seed=0).entity_head.weight.detach()
+    table = resize_vocabulary(model.network, old, new, seed=0).entity_head.weight.detach()
     far = table[fine].std(0).norm()
     assert (table[len(old)] - table[named["B cell"]]).norm() < 0.3 * far
     assert (table[len(old) + 1] - table[fine].mean(0)).norm() < 0.3 * far
@@ -290,7 +290,7 @@ def test_fitted_rows_name_cells_and_nothing_else_moves(tmp_path, cells, objectiv
     words[Family.FINE][:30] = ""
     vocabulary = model.vocabulary.extend(Family.FINE, KINDS)
     store = read_cells(cells, vocabulary, words, name="x")[0]
-    network = grow(model.network, model.vocabulary, vocabulary, 0)
+    network = resize_vocabulary(model.network, model.vocabulary, vocabulary, 0)
     before = {n: w.clone() for n, w in network.state_dict().items()}
     plain = score_of(network, store, vocabulary)
     fit_head(network, store, vocabulary, objective, seed=0)

@@ -51,9 +51,9 @@ def random_targets(seed=0, *, allowed=False, satisfies=False):
     sayable = torch.rand((B, V), generator=generator) < 0.6
     return Targets(
         row=torch.tensor(row)[keep],
-        said=torch.tensor(said)[keep],
+        index=torch.tensor(said)[keep],
         weight=torch.rand(19, generator=generator, dtype=torch.float64),
-        place=place,
+        order=place,
         level=level,
         end=END,
         allowed=(sayable | (place >= 0)) if allowed else None,
@@ -64,8 +64,8 @@ def random_targets(seed=0, *, allowed=False, satisfies=False):
 
 def left_to_say(targets, n):
     """Target words of position n that are not said yet, the end word included."""
-    row, said = int(targets.row[n]), int(targets.said[n])
-    return [v for v in range(V) if int(targets.place[row, v]) >= said]
+    row, said = int(targets.row[n]), int(targets.index[n])
+    return [v for v in range(V) if int(targets.order[row, v]) >= said]
 
 
 def dense_published(network, hidden, targets):
@@ -86,14 +86,14 @@ def dense_next_word(network, hidden, targets):
     logits, means = network.entity_logits(hidden), network.value_mean(hidden)
     entity, value = hidden.new_zeros(()), hidden.new_zeros(())
     for n in range(len(hidden)):
-        row, said = int(targets.row[n]), int(targets.said[n])
+        row, said = int(targets.row[n]), int(targets.index[n])
         left = left_to_say(targets, n)
         if left != [END]:
             left.remove(END)
         sayable = [
             v
             for v in range(V)
-            if not 0 <= int(targets.place[row, v]) < said and (targets.allowed is None or targets.allowed[row, v])
+            if not 0 <= int(targets.order[row, v]) < said and (targets.allowed is None or targets.allowed[row, v])
         ]
         p = next_word_probabilities(network, logits[n], sayable, targets.labelled is None or not targets.labelled[row])
         for v in left:
@@ -201,7 +201,7 @@ def test_memory_does_not_grow_with_positions_times_words(name):
         many = replace(
             targets,
             row=targets.row.repeat(repeat),
-            said=targets.said.repeat(repeat),
+            index=targets.index.repeat(repeat),
             weight=targets.weight.repeat(repeat),
         )
         with Largest() as largest:
@@ -244,9 +244,9 @@ def test_expected_next_word_loss_is_the_likelihood_averaged_over_all_orders(boun
         number = len(order) + 1
         return network(entity, value)[0], Targets(
             row=torch.zeros(number, dtype=torch.int64),
-            said=torch.arange(number),
+            index=torch.arange(number),
             weight=torch.ones(number, dtype=torch.float64),
-            place=place,
+            order=place,
             level=torch.zeros((1, 6), dtype=torch.uint8),
             end=end,
             allowed=sayable[None],

@@ -66,7 +66,7 @@ def train(trainer):
     weights = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     if trainer.average:
         weights |= {name: whole(weight).clone() for name, weight in trainer.average.tensors().items()}
-    return done, trainer.step, trainer.words, {k: v.numpy() for k, v in weights.items()}
+    return done, trainer.step, trainer.tokens, {k: v.numpy() for k, v in weights.items()}
 
 
 @pytest.mark.parametrize("objective", ["next_word", "published"])

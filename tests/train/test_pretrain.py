@@ -196,7 +196,7 @@ def test_a_typical_step_is_the_mean_of_real_ones(vocabulary, store, task):
     made = [batches.batch(step) for step in range(60)]
     typical = typical_step(config, task)
     assert typical.sentences == np.mean([len(b.entity) for b in made])
-    assert typical.words == pytest.approx(np.mean([b.words for b in made]), rel=0.2)
+    assert typical.words == pytest.approx(np.mean([b.tokens for b in made]), rel=0.2)
     assert typical.positions == pytest.approx(np.mean([len(b.positions) for b in made]), rel=0.2)
 
 
@@ -220,9 +220,9 @@ def test_activations_take_the_bytes_that_were_told(recompute):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         batch_loss(model, batch, ObjectiveConfig())
-    told = activation_bytes(config, batch.words, 0, recompute=recompute)  # the loss keeps nothing where hooks see it
+    told = activation_bytes(config, batch.tokens, 0, recompute=recompute)  # the loss keeps nothing where hooks see it
     if recompute:  # what a block keeps while it is computed again is not seen here
-        told -= 16 * config.width * batch.words * 4
+        told -= 16 * config.width * batch.tokens * 4
     assert 0.6 < sum(kept.values()) / told < 1.2
 
 
@@ -237,7 +237,7 @@ def test_operations_are_those_that_torch_counts():
         entity, value = batch_loss(model, batch, ObjectiveConfig())
         (entity + value).backward()
     masked = 3 * config.layers * 4 * config.width * 3 * 40 * 39 / 2  # the half that a causal mask hides
-    told = batch_flops(config, batch.words, 3, len(batch.positions))
+    told = batch_flops(config, batch.tokens, 3, len(batch.positions))
     in_place = (
         2 * len(batch.positions) * 4 * config.width * config.vocabulary
     )  # the heads' gradients: torch overlooks them

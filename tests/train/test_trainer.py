@@ -112,7 +112,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(vocabulary, store, tmp_pa
     assert state.keys() == whole.tensors().keys() and any(n.startswith("average.") for n in state) == bool(average)
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, state[name]), name
-    assert again.words == whole.words
+    assert again.tokens == whole.tokens
     assert curve(again) == curve(whole)
 
 

@@ -81,7 +81,7 @@ def _mini(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
     optimizer = make_optimizer(model, OptimizerConfig())
     pool = range(16 if quick else batches.config.pool)
     steps = [batches.batch(i) for i in pool]
-    padding = 1 - sum(b.words for b in steps) / sum(b.entity.numel() for b in steps)
+    padding = 1 - sum(b.tokens for b in steps) / sum(b.entity.numel() for b in steps)
     timed = _some_of_each(steps, 1 if quick else 4)
     _step(model, optimizer, timed[0], objective)
     flops, seconds, optimizing = 0.0, 0.0, 0.0
@@ -89,13 +89,13 @@ def _mini(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
         # A task counts as often as it comes.
         weight = sum(b.task == batch.task for b in steps) / sum(b.task == batch.task for b in timed)
         took, update = min(_step(model, optimizer, batch, objective) for _ in range(2))
-        flops += weight * batch_flops(config, batch.words, len(batch.entity), len(batch.positions))
+        flops += weight * batch_flops(config, batch.tokens, len(batch.entity), len(batch.positions))
         seconds, optimizing = seconds + weight * took, optimizing + weight * update
     figures = {
         "share": round(flops / seconds / ceiling, 4),
         "optimizer_share": round(optimizing / seconds, 4),
         "padding": round(padding, 4),
-        "words_per_second": round(sum(b.words for b in steps) / seconds),
+        "words_per_second": round(sum(b.tokens for b in steps) / seconds),
         "seconds_per_step": round(seconds / len(steps), 4),
     }
     return figures, _profile(lambda: [_step(model, optimizer, batch, objective) for batch in timed])
@@ -115,7 +115,7 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
         model = Mulan(config)
     optimizer = make_optimizer(model, OptimizerConfig())
     batch = synthetic_batch(config, sentences, words, sentences * words)
-    flops = batch_flops(config, batch.words, sentences, len(batch.positions))
+    flops = batch_flops(config, batch.tokens, sentences, len(batch.positions))
     _step(model, optimizer, batch, objective)
     took, update = min(_step(model, optimizer, batch, objective) for _ in range(2))
     # One update serves all the words of a recipe's step.
@@ -123,12 +123,12 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
     whole = batch_flops(config, full.words, full.sentences, full.positions) / (flops / (took - update))
     figures = {
         "share": round(flops / took / ceiling, 4),
-        "words": batch.words,
+        "words": batch.tokens,
         "layers": config.layers,
         "seconds_per_step": round(took, 3),
         "optimizer_seconds": round(update, 3),
         "optimizer_share": round(update / (update + whole), 6),
-        "words_per_second": round(batch.words / took, 1),
+        "words_per_second": round(batch.tokens / took, 1),
     }
     return figures, _profile(lambda: _step(model, optimizer, batch, objective)) if figures["share"] < 0.6 else None
 
@@ -218,7 +218,7 @@ def _status(name: str) -> int:
 def replace_positions(batch: Batch, number: int) -> Batch:
     """The first positions of a batch."""
     t = batch.targets
-    targets = replace(t, row=t.row[:number], said=t.said[:number], weight=t.weight[:number])
+    targets = replace(t, row=t.row[:number], index=t.index[:number], weight=t.weight[:number])
     return replace(batch, positions=batch.positions[:number], targets=targets)
 
 
@@ -232,7 +232,7 @@ def _chunked(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: Object
 def dense_loss(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveConfig) -> torch.Tensor:
     """Published loss written with one table of positions × words for each of its parts."""
     t = batch.targets
-    target = (t.place[t.row] >= t.said[:, None]).float()
+    target = (t.order[t.row] >= t.index[:, None]).float()
     entity = F.binary_cross_entropy_with_logits(model.entity_logits(hidden), target, reduction="none").mean(1)
     squared = F.mse_loss(model.value_mean(hidden), t.level[t.row].float(), reduction="none")
     value = (squared * target).sum() / target.sum()

@@ -38,8 +38,8 @@ _ROWS = 5  # what a random stream is for; those of plan.py are below
 class Batch:
     """One step's sentences and what they are asked for, or one rank's share of them.
 
-    ``cells`` are the places of this rank's cells, ``words`` counts its words without padding; ``all_cells`` and
-    ``all_words`` count those of all ranks. Loss weights are those of the whole batch: losses of ranks add up to its.
+    ``cells`` are the places of this rank's cells, ``tokens`` counts its tokens without padding; ``all_cells`` and
+    ``all_tokens`` count those of all ranks. Loss weights are those of the whole batch: losses of ranks add up to its.
     """
 
     task: str
@@ -47,10 +47,10 @@ class Batch:
     value: torch.Tensor
     positions: torch.Tensor
     targets: Targets
-    words: int
+    tokens: int
     cells: np.ndarray
     all_cells: int
-    all_words: int
+    all_tokens: int
 
 
 class Batches:
@@ -218,17 +218,17 @@ class Batches:
             positions=torch.from_numpy(row * entity.shape[1] + prompt[row] - 1 + said),
             targets=Targets(
                 row=torch.from_numpy(row),
-                said=torch.from_numpy(said),
+                index=torch.from_numpy(said),
                 weight=torch.from_numpy((weight[row, column] / len(drawn)).astype(np.float32)),
-                place=torch.from_numpy(place),
+                order=torch.from_numpy(place),
                 level=torch.from_numpy(level),
                 end=self.vocabulary.end,
                 allowed=torch.from_numpy(allowed),
                 satisfies=self.satisfies if given else None,
                 labelled=torch.full((n,), given),
             ),
-            words=int(length.sum()),
+            tokens=int(length.sum()),
             cells=mine.cells,
             all_cells=len(drawn),
-            all_words=int(drawn.words.sum()),
+            all_tokens=int(drawn.words.sum()),
         )

@@ -198,18 +198,18 @@ def synthetic_batch(config: MulanConfig, sentences: int, words: int, positions: 
         positions=torch.from_numpy(row * words + said),
         targets=Targets(
             row=torch.from_numpy(row),
-            said=torch.from_numpy(said),
+            index=torch.from_numpy(said),
             weight=torch.full((len(row),), 1 / len(row)),
-            place=torch.from_numpy(place),
+            order=torch.from_numpy(place),
             level=torch.from_numpy(level),
             end=0,
             allowed=torch.ones(sentences, V, dtype=torch.bool),
             labelled=torch.zeros(sentences, dtype=torch.bool),
         ),
-        words=sentences * words,
+        tokens=sentences * words,
         cells=np.arange(sentences),
         all_cells=sentences,
-        all_words=sentences * words,
+        all_tokens=sentences * words,
     )
 
 

@@ -23,7 +23,7 @@ from scmulan.train.checkpoint import RunFolder
 from scmulan.train.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from scmulan.train.early_stopping import EarlyStopping, StopTraining, score
 from scmulan.train.gene_count import fit_gene_counts
-from scmulan.train.init import fit_head, grow
+from scmulan.train.init import fit_head, resize_vocabulary
 from scmulan.train.labels import hold_out, label_relations_among, read_words
 from scmulan.train.trainer import Trainer, read_log
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
@@ -162,7 +162,7 @@ def finetune(
     folder = RunFolder(out.absolute().with_name(f".{out.name}.run"))
     folder.claim(settings)
 
-    network = grow(parent.network, parent.vocabulary, vocabulary, seed)
+    network = resize_vocabulary(parent.network, parent.vocabulary, vocabulary, seed)
     relations = label_relations_among(store, vocabulary) if ontology else np.eye(len(vocabulary), dtype=bool)
     best = EarlyStopping(folder.path, lambda m: score(m, watch, vocabulary, relations), patience * every, progress)
     trainer = Trainer(
@@ -216,7 +216,7 @@ def finetune(
         "depth": fit_gene_counts(network.eval(), store, vocabulary),
         "steps": trainer.step,
         "best_step": report["best_step"],
-        "words_read": trainer.words,
+        "words_read": trainer.tokens,
         "parameters": sum(p.numel() for p in network.parameters()),
         "validation": {
             "held_out": "a share of each label" if donor is None else f"whole donors, by obs[{donor!r}]",

@@ -136,7 +136,7 @@ def _log_odds(seen: np.ndarray, cells: np.ndarray | int) -> np.ndarray:
 NOISE = 0.1
 
 
-def grow(network: Mulan, old: Vocabulary, new: Vocabulary, seed: int) -> Mulan:
+def resize_vocabulary(network: Mulan, old: Vocabulary, new: Vocabulary, seed: int) -> Mulan:
     """Copy a network (float32, on the CPU) and give it rows for the words that were added to its vocabulary.
 
     Parameters

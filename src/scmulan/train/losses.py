@@ -41,12 +41,12 @@ class Targets:
     ----------
     row
         int64 ``[N]``: sentence of each position.
-    said
-        int64 ``[N]``: number of target words said before the position's next word.
+    index
+        int64 ``[N]``: index in the target of the token that is next; those before it are known.
     weight
         float ``[N]``: weight of each position in the loss; sums to one for a plain mean.
-    place
-        int16 ``[B, V]``: place of each word in its sentence's target, −1 where it is not in it; the end is last.
+    order
+        int16 ``[B, V]``: index of each token in its sentence's target, −1 where it is not in it; the end is last.
     level
         uint8 ``[B, V]``: value of each target word.
     end
@@ -62,9 +62,9 @@ class Targets:
     """
 
     row: Tensor
-    said: Tensor
+    index: Tensor
     weight: Tensor
-    place: Tensor
+    order: Tensor
     level: Tensor
     end: int
     allowed: Tensor | None = None
@@ -110,7 +110,7 @@ def objective_loss(
     work = Work(
         model=model,
         targets=targets,
-        lists=Lists.of(targets.place, targets.end),
+        lists=Lists.of(targets.order, targets.end),
         objective=objective,
         value_weight=value_weight,
         pairs=max(1.0, value_pairs(targets) if pairs is None else pairs),
@@ -124,7 +124,7 @@ def objective_loss(
 
 def value_pairs(targets: Targets) -> float:
     """Pairs of position and word still to be said: what the published value loss is a mean over."""
-    number = (targets.place >= 0).sum(1)[targets.row] - targets.said
+    number = (targets.order >= 0).sum(1)[targets.row] - targets.index
     return float(number[targets.weight > 0].sum())
 
 
@@ -263,7 +263,7 @@ def _published(
     work: Work, part: slice, hidden: Tensor, entity: Head, value: Head | None, log_scale: Tensor | None, _: Any
 ) -> tuple[Tensor, Tensor]:
     targets, lists = work.targets, work.lists
-    row, said, weight = targets.row[part], targets.said[part], targets.weight[part]
+    row, said, weight = targets.row[part], targets.index[part], targets.weight[part]
     n, v = lists.pairs(lists.start[row] + said, lists.length[row] - said)
     logits = entity.outputs(hidden)
     # BCE with logits against a set is Σ softplus(z) − Σ_{in the set} z; V × its mean over V words is that sum.
@@ -290,7 +290,7 @@ def _next_word(
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     targets, lists = work.targets, work.lists
-    row, said, weight = targets.row[part], targets.said[part], targets.weight[part]
+    row, said, weight = targets.row[part], targets.index[part], targets.weight[part]
     left = lists.length[row] - said
     # The end is a target only when nothing else is left.
     n, v = lists.pairs(lists.start[row] + said, left - (lists.ends[row] & (left > 1)).long())

@@ -186,7 +186,7 @@ def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
             report["model"] = ranks.run_on_first(lambda: export_run(folder.path, folder.path / "model", force=True))[
                 "model"
             ]
-        report["words"] = trainer.words
+        report["words"] = trainer.tokens
         return report
     finally:
         folder.release()

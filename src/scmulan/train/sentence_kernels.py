@@ -39,7 +39,7 @@ class Genes(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """What was decided about each row before its cell is read, see :class:`scmulan.train.sentence_plan.SentencePlan`."""
+    """What was planned for each row, see :class:`scmulan.train.sentence_plan.PlannedSentences`."""
 
     key: np.ndarray
     """uint64 ``[n]``: random stream."""
@@ -91,7 +91,7 @@ class Sentences(NamedTuple):
     """uint8 ``[n, V]``: level of each target token; zero at first."""
     n_positions: np.ndarray
     """int64 ``[n]``: loss positions."""
-    index: np.ndarray
+    target_index: np.ndarray
     """int64 ``[n, P]``: index in the target of the token that is next at each loss position."""
     weight: np.ndarray
     """float64 ``[n, P]``: weights of the loss positions, whose sum is one."""
@@ -192,7 +192,7 @@ def write_sentences(expression, genes, plan, labels, task, out):
             at - out.prompt_length[row],
             0 if task.genes_in_prompt else task.positions,
             scratch,
-            out.index[row],
+            out.target_index[row],
             out.weight[row],
         )
 

@@ -134,7 +134,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, optimizer)
         self.average = WeightAverage(model, optimizer.ema_decay) if optimizer.ema_decay else None
         self.step = 0
-        self.words = 0
+        self.tokens = 0
         self.cells = 0
         self.flops = 0.0
         self.log_path = folder.path / "log.jsonl"
@@ -158,7 +158,7 @@ class Trainer:
             if self.ranks.first:
                 self.log_path.unlink(missing_ok=True)
             return False
-        self.step, self.words, self.cells, self.flops = (facts[k] for k in ("step", "words", "cells", "flops"))
+        self.step, self.tokens, self.cells, self.flops = (facts[k] for k in ("step", "words", "cells", "flops"))
         self._saved = self.step
         if self.ranks.first:
             cut_log(self.log_path, self.step)
@@ -167,7 +167,7 @@ class Trainer:
     def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint of this moment, beside the next steps unless ``wait`` is set."""
         facts = {
-            "words": self.words,
+            "words": self.tokens,
             "cells": self.cells,
             "flops": self.flops,
             "precision": self.run_config.precision,
@@ -258,7 +258,7 @@ class Trainer:
                 ((e + self.objective.value_weight * v) * weight * self.ranks.world).backward()
             entity, value = entity + e.item(), value + v.item()
         entity, value, words, cells, padded, positions = self.ranks.sum(
-            entity, value, mine.words, len(mine.entity), mine.entity.numel(), len(mine.positions)
+            entity, value, mine.tokens, len(mine.entity), mine.entity.numel(), len(mine.positions)
         )
         norm = float(torch.as_tensor(_whole(self._clip())))
         if not math.isfinite(entity + value + norm):
@@ -275,7 +275,7 @@ class Trainer:
         self.step += 1
         if self.average:
             self.average.update(self.step)
-        self.words += int(words)
+        self.tokens += int(words)
         self.cells += int(cells)
         flops = batch_flops(self.model.config, int(words), int(cells), int(positions))
         self.flops += flops
@@ -309,7 +309,7 @@ class Trainer:
             "step": self.step,
             **mean,
             "rate": learning_rate(self.step - 1, self.config),
-            "words": self.words,
+            "words": self.tokens,
             "cells": self.cells,
             "words_per_second": round(sums["words"]),
             "cells_per_second": round(sums["cells"], 2),
@@ -372,17 +372,17 @@ def cut(batch: Batch, part: int, parts: int) -> Batch:
     targets = replace(
         t,
         row=place[t.row[mine]],
-        said=t.said[mine],
+        index=t.index[mine],
         weight=t.weight[mine] * (not empty),
-        place=t.place[rows],
+        order=t.order[rows],
         level=t.level[rows],
         allowed=None if t.allowed is None else t.allowed[rows],
         labelled=None if t.labelled is None else t.labelled[rows],
     )
     at = batch.positions[mine] - t.row[mine] * width + targets.row * width
-    words = 0 if empty else int(batch.words * len(rows) / len(batch.entity))
+    tokens = 0 if empty else int(batch.tokens * len(rows) / len(batch.entity))
     return replace(
-        batch, entity=batch.entity[rows], value=batch.value[rows], positions=at, targets=targets, words=words
+        batch, entity=batch.entity[rows], value=batch.value[rows], positions=at, targets=targets, tokens=tokens
     )
 
 
@@ -431,7 +431,7 @@ def save_divergence(trainer: "Trainer", parts: list[Batch], losses: dict[str, fl
     sentences: dict[str, torch.Tensor] = {}
     for i, part in enumerate(parts):
         named = {"entity": part.entity, "value": part.value, "positions": part.positions}
-        named |= {"row": part.targets.row, "said": part.targets.said, "weight": part.targets.weight}
+        named |= {"row": part.targets.row, "said": part.targets.index, "weight": part.targets.weight}
         sentences |= {f"{i}.{name}": tensor.contiguous() for name, tensor in named.items()}
     save_file(sentences, folder / f"sentences-{trainer.ranks.rank}.safetensors")
     names: dict[str, list[str]] = {}
@@ -439,7 +439,7 @@ def save_divergence(trainer: "Trainer", parts: list[Batch], losses: dict[str, fl
         for kind, tensor in (("weight", parameter), ("gradient", parameter.grad)):
             if tensor is not None and not torch.isfinite(_local(tensor)).all():
                 names.setdefault(kind, []).append(name)
-    facts = {"words": trainer.words, "cells": trainer.cells, "flops": trainer.flops}
+    facts = {"words": trainer.tokens, "cells": trainer.cells, "flops": trainer.flops}
     trainer.folder.save(trainer.step, trainer.tensors(), facts, 10**9, ranks=trainer.ranks, name=NAME)
     trainer.folder.settle()
     if trainer.ranks.first:
