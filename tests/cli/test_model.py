@@ -10,7 +10,7 @@ import torch
 
 from scmulan._machine import cpu, installed, memory
 from scmulan.cli.doctor import model_states
-from scmulan.infer.release_rule import next_word
+from scmulan.infer.release_rule import head_outputs
 from scmulan.model.folder import packaged_models
 from scmulan.model.loading import load
 from scmulan.vocab.sentences import Sentences
@@ -95,7 +95,7 @@ def fixture(folder, tiny) -> Path:
     model = load(tiny)
     entity = np.append(model.vocabulary.ids(Family.GENE)[:9], model.vocabulary.prompts["annotate"])
     value = np.append(np.arange(1, 10), 0)
-    logits, values = next_word(model.network, Sentences.join([(entity, value, len(entity))]))
+    logits, values = head_outputs(model.network, Sentences.join([(entity, value, len(entity))]))
     np.savez(
         "fixture.npz", config=json.dumps({"layers": 1, "width": 16}), prompt_ids=entity[None],
         prompt_values=value[None], entity_logits=logits, value_outputs=values,

@@ -11,8 +11,6 @@ from scmulan.errors import ScmulanError
 from scmulan.infer.batching import TokenBudget, bytes_per_token, free_bytes, is_out_of_memory, suitable_tokens
 from scmulan.infer.scoring import score_labels
 from scmulan.model.network import MulanConfig
-from scmulan.vocab.sentences import Sentences
-from scmulan.vocab.vocabulary import Family
 
 SHORT = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -33,21 +31,21 @@ def test_a_batch_without_memory_is_done_in_halves(error):
             raise error
         done.extend(rows.tolist())
 
-    budget = TokenBudget(words=1_000)
+    budget = TokenBudget(max_tokens=1_000)
     budget.for_each(lengths, work)
     assert sorted(done) == list(range(8))
-    assert tried[0] == 8 and budget.words <= 18
+    assert tried[0] == 8 and budget.max_tokens <= 18
     tried.clear()
     budget.for_each(lengths, work)
     assert max(tried) <= 4  # what was learned is kept
 
 
-def test_a_single_cell_that_does_not_fit_is_told():
+def test_a_single_cell_that_does_not_fit_is_an_error():
     def work(rows):
         raise MemoryError
 
     with pytest.raises(ScmulanError, match="a cell of 700 words does not fit into memory"):
-        TokenBudget(words=10).for_each(np.array([700]), work)
+        TokenBudget(max_tokens=10).for_each(np.array([700]), work)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -55,33 +53,26 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="multiplied"):
-        TokenBudget(words=10).for_each(np.array([3, 3]), work)
+        TokenBudget(max_tokens=10).for_each(np.array([3, 3]), work)
     assert not is_out_of_memory(RuntimeError("memory format"))
 
 
-def test_results_survive_a_network_that_runs_out_of_memory_once(random_model, monkeypatch):
-    rng = np.random.default_rng(0)
-    genes, ask = random_model.vocabulary.ids(Family.GENE), random_model.vocabulary.prompts["annotate"]
-    asked = Sentences.join(
-        [
-            (np.append(rng.permutation(genes)[:k], ask), np.append(rng.integers(1, 11, k), 0), k + 1)
-            for k in rng.integers(1, 50, 20).tolist()
-        ]
-    )
-    expected = score_labels(random_model, asked)
+def test_results_survive_a_network_that_runs_out_of_memory_once(random_model, random_prompts, monkeypatch):
+    prompts = random_prompts(random_model, 20)
+    expected = score_labels(random_model, prompts)
     network, failed = random_model.network, []
-    last = type(network).forward_last
+    forward_last = type(network).forward_last
 
     def short_once(self, entity, *rest):
         if not failed:
             failed.append(entity.shape)
             raise torch.OutOfMemoryError("out of memory")
-        return last(self, entity, *rest)
+        return forward_last(self, entity, *rest)
 
     monkeypatch.setattr(type(network), "forward_last", short_once)
-    told = []
-    found = score_labels(random_model, asked, progress=told.append)
-    assert failed and sum(told) == 20
+    finished = []
+    found = score_labels(random_model, prompts, advance=finished.append)
+    assert failed and sum(finished) == 20
     np.testing.assert_allclose(found.hidden, expected.hidden, atol=1e-5)
     assert np.array_equal(found.fine.argmax(1), expected.fine.argmax(1))
 
@@ -89,9 +80,9 @@ def test_results_survive_a_network_that_runs_out_of_memory_once(random_model, mo
 def test_the_batch_follows_the_memory_that_is_free(random_model, monkeypatch):
     device = torch.device("cpu")
     assert free_bytes(device) > 2**20
-    per_word = bytes_per_token(random_model.config)
+    per_token = bytes_per_token(random_model.config)
     module = "scmulan.infer.batching.free_bytes"
-    monkeypatch.setattr(module, lambda device: 2 * 100 * per_word + 1)
+    monkeypatch.setattr(module, lambda device: 2 * 100 * per_token + 1)
     assert suitable_tokens(random_model.network) == 100
     monkeypatch.setattr(module, lambda device: 2**40)
     assert suitable_tokens(random_model.network) > 512
@@ -119,7 +110,7 @@ print((passes(100) - small) / (96 * 256) / bytes_per_token(config))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("set_state", [0, 1])
-def test_the_estimate_is_an_upper_bound_and_no_wild_one(set_state):
+def test_the_estimate_is_an_upper_bound_within_a_factor_of_two(set_state):
     command = [sys.executable, "-c", PEAK, str(set_state)]
-    share = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0.5 < share < 1.1
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.5 < ratio < 1.1

@@ -10,10 +10,16 @@ import torch
 from scmulan._machine import MeasurementCache
 from scmulan.errors import ModelError
 from scmulan.infer import precision as module
-from scmulan.infer.precision import Int8Linear, agreement, apply_precision, choose_precision, int8_available, speeds
-from scmulan.infer.scoring import TokenBudget, score_labels
-from scmulan.vocab.sentences import Sentences
-from scmulan.vocab.vocabulary import Family
+from scmulan.infer.batching import TokenBudget
+from scmulan.infer.precision import (
+    Int8Linear,
+    apply_precision,
+    cached_block_seconds,
+    choose_precision,
+    compare_precision,
+    int8_available,
+)
+from scmulan.infer.scoring import score_labels
 
 int8 = pytest.param("int8", marks=pytest.mark.skipif(not int8_available(), reason="no oneDNN in this torch"))
 CPU = torch.device("cpu")
@@ -25,23 +31,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "scmulan" / "precision.json"
 
 
-def prompts(model, n=40, seed=0):
-    rng = np.random.default_rng(seed)
-    genes, ask = model.vocabulary.ids(Family.GENE), model.vocabulary.prompts["annotate"]
-    parts = []
-    for k in rng.integers(1, 60, n).tolist():
-        parts.append((np.append(rng.permutation(genes)[:k], ask), np.append(rng.integers(1, 11, k), 0), k + 1))
-    return Sentences.join(parts)
-
-
 @pytest.mark.parametrize("precision", ["bf16", int8])
-def test_a_precision_stays_close_and_leaves_the_model_alone(random_model, precision):
-    asked = prompts(random_model)
-    before = score_labels(random_model, asked)
+def test_a_precision_stays_close_and_leaves_the_model_alone(random_model, random_prompts, precision):
+    batch = random_prompts(random_model, 40)
+    before = score_labels(random_model, batch)
     other = apply_precision(random_model, precision)
-    seen = agreement(random_model, other, asked)
+    seen = compare_precision(random_model, other, batch)
     assert 0.999 < seen.cosine < 1 and seen.cells == 40
-    after = score_labels(random_model, asked)
+    after = score_labels(random_model, batch)
     assert np.array_equal(before.hidden, after.hidden) and random_model.network.precision == "fp32"
     assert other.network.word is random_model.network.word and other.network.precision == precision
     assert apply_precision(other, precision) is other
@@ -66,18 +63,18 @@ def test_int8_product_is_that_of_the_rounded_numbers(bias):
 
 
 @pytest.mark.parametrize("precision", ["bf16", int8])
-def test_rows_do_not_depend_on_the_batch(random_model, precision):
+def test_rows_do_not_depend_on_the_batch(random_model, random_prompts, precision):
     model = apply_precision(random_model, precision)
-    asked = prompts(random_model, 12)
-    together, alone = (score_labels(model, asked, budget=TokenBudget(words=n)) for n in (4096, 1))
+    batch = random_prompts(random_model, 12)
+    together, alone = (score_labels(model, batch, budget=TokenBudget(max_tokens=n)) for n in (4096, 1))
     # A rounding may fall to the other side after a last bit that differs; more must not happen.
     assert np.abs(together.hidden - alone.hidden).max() < 0.05
     assert np.array_equal(together.fine.argmax(1), alone.fine.argmax(1))
 
 
-def test_the_decoder_reads_on_from_a_cache_in_bf16(random_model):
+def test_the_decoder_reads_on_from_a_cache_in_bf16(random_model, random_prompts):
     model = apply_precision(random_model, "bf16")
-    entity, value = (torch.from_numpy(a[None].astype(np.int64)) for a in prompts(random_model, 1)[0])
+    entity, value = (torch.from_numpy(a[None].astype(np.int64)) for a in random_prompts(random_model, 1)[0])
     cache = model.network.new_cache(1, entity.shape[1])
     assert cache.keys.dtype == torch.bfloat16
     with torch.inference_mode():
@@ -96,28 +93,28 @@ def test_times_are_measured_once_and_a_damaged_cache_again(random_model, cache, 
     calls = []
     monkeypatch.setattr(module, "block_seconds", lambda *_: calls.append(1) or {"fp32": 2.0, "bf16": 1.0})
     for _ in range(2):
-        assert speeds(random_model.config, CPU) == {"fp32": 2.0, "bf16": 1.0}
+        assert cached_block_seconds(random_model.config, CPU) == {"fp32": 2.0, "bf16": 1.0}
     assert len(calls) == 1
     cache.write_text("{ damaged")
-    assert speeds(random_model.config, CPU)["bf16"] == 1.0 and len(calls) == 2
+    assert cached_block_seconds(random_model.config, CPU)["bf16"] == 1.0 and len(calls) == 2
     assert len(json.loads(cache.read_text())) == 1
     (key,) = json.loads(cache.read_text())
     cache.write_text(json.dumps({key: {"fp32": "fast"}}))
-    assert speeds(random_model.config, CPU)["bf16"] == 1.0 and len(calls) == 3
+    assert cached_block_seconds(random_model.config, CPU)["bf16"] == 1.0 and len(calls) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(random_model, cache):
     cache.parent.parent.joinpath("scmulan").write_text("a file, not a folder")
-    assert speeds(random_model.config, CPU, 32)["fp32"] > 0
+    assert cached_block_seconds(random_model.config, CPU, 32)["fp32"] > 0
     assert MeasurementCache("precision.json").get("anything") is None
 
 
-def test_the_fastest_that_agrees_is_chosen_and_remembered(random_model, monkeypatch):
+def test_the_fastest_that_agrees_is_chosen_and_kept(random_model, random_prompts, monkeypatch):
     monkeypatch.setattr(module, "block_seconds", lambda *_: {"fp32": 3.0, "bf16": 2.0})
-    asked = prompts(random_model)
-    assert choose_precision(random_model, asked).network.precision == "fp32"  # too few cells to tell
-    assert choose_precision(random_model, asked, total=1_000).network.precision == "bf16"
-    assert choose_precision(random_model, asked).network.precision == "bf16"  # told before
+    batch = random_prompts(random_model, 40)
+    assert choose_precision(random_model, batch).network.precision == "fp32"  # too few cells to compare
+    assert choose_precision(random_model, batch, total=1_000).network.precision == "bf16"
+    assert choose_precision(random_model, batch).network.precision == "bf16"  # compared before
     assert apply_precision(random_model, "auto").network.precision == "bf16"
     others = replace(random_model, weights_hash="other")
     assert apply_precision(others, "auto").network.precision == "fp32"
@@ -131,13 +128,15 @@ def test_the_fastest_that_agrees_is_chosen_and_remembered(random_model, monkeypa
         ({"fp32": 3.0, "bf16": 1.0}, 1.0, 0.998),  # other embeddings
     ],
 )
-def test_a_precision_that_is_not_worth_it_is_not_chosen(random_model, monkeypatch, seconds, labels, cosine):
-    seen = module.Agreement(cells=200, labels=labels, cosine=cosine)
+def test_a_precision_that_is_not_worth_it_is_not_chosen(
+    random_model, random_prompts, monkeypatch, seconds, labels, cosine
+):
+    seen = module.PrecisionAgreement(cells=200, labels=labels, cosine=cosine)
     monkeypatch.setattr(module, "block_seconds", lambda *_: seconds)
-    monkeypatch.setattr(module, "agreement", lambda *_: seen)
-    asked = prompts(random_model)
+    monkeypatch.setattr(module, "compare_precision", lambda *_: seen)
+    batch = random_prompts(random_model, 40)
     for _ in range(2):
-        assert choose_precision(random_model, asked, total=1_000).network.precision == "fp32"
+        assert choose_precision(random_model, batch, total=1_000).network.precision == "fp32"
 
 
 def test_timing_covers_what_this_machine_can_do(random_model):

@@ -1,10 +1,10 @@
-"""The release's decoding rules: batched from the cache as one sentence at a time, read anew for each word."""
+"""The release's decoding rules: a batch with a cache gives what one sentence gives, read anew for each token."""
 
 import numpy as np
 import pytest
 import torch
 
-from scmulan.infer.release_rule import annotate, decode, next_word
+from scmulan.infer.release_rule import annotate, decode, head_outputs
 from scmulan.vocab.sentences import Sentences
 
 END = 0
@@ -12,7 +12,7 @@ END = 0
 
 @pytest.fixture(scope="module")
 def network(make_network):
-    """A network that says the end word after none, one, two … words, and repeats words where it may."""
+    """A network that ends after none, one, two … tokens, and repeats tokens where it may."""
     network = make_network(seed=7, set_state=True)
     with torch.no_grad():
         network.entity_head.weight[END] *= 2
@@ -30,8 +30,8 @@ def prompts():
     return Sentences.join(parts)
 
 
-def one_at_a_time(network, prompts, words, newest_allowed):
-    """The rule as the release states it: the whole sentence is read again for every word."""
+def one_at_a_time(network, prompts, max_tokens, newest_allowed):
+    """The rule as the release states it: the whole sentence is read again for every token."""
     out = []
     for i in range(len(prompts)):
         entity, value = (a.tolist() for a in prompts[i])
@@ -44,7 +44,7 @@ def one_at_a_time(network, prompts, words, newest_allowed):
             level = float(network.value_mean(hidden[-1])[word])
             entity.append(word)
             value.append(int(np.clip(np.round(level), 0, 10)))
-            if word == END or len(entity) == start + words:
+            if word == END or len(entity) == start + max_tokens:
                 break
         out.append((entity[start:], value[start:], hidden[max(len(hidden) - 2, 0)].numpy()))
     return out
@@ -68,7 +68,7 @@ def test_annotation(network, prompts, rule, newest_allowed):
 def test_generation(network, prompts):
     prompts = prompts.take(range(14))
     expected = one_at_a_time(network, prompts, 9, newest_allowed=False)
-    found = decode(network, prompts, words=9, end=END)
+    found = decode(network, prompts, max_tokens=9, end=END)
     assert found.entity.shape == (14, max(len(e) for e, _, _ in expected))
     for i, (entity, value, _) in enumerate(expected):
         assert found.entity[i][: len(entity)].tolist() == entity
@@ -97,7 +97,7 @@ def test_values_are_rounded_half_to_even_within_the_bins(make_network):
 
 
 def test_heads_after_the_prompt(network, prompts):
-    logits, values = next_word(network, prompts, batch_size=5)
+    logits, values = head_outputs(network, prompts, batch_size=5)
     with torch.inference_mode():
         for i in (0, 6, 20):
             hidden = network(*(torch.from_numpy(a.astype(np.int64))[None] for a in prompts[i]))[0, -1]
@@ -108,4 +108,4 @@ def test_heads_after_the_prompt(network, prompts):
 def test_no_prompts(network):
     nothing = Sentences.join([])
     assert annotate(network, nothing, end=END).entity.shape == (0, 0)
-    assert next_word(network, nothing)[0].shape == (0, 30)
+    assert head_outputs(network, nothing)[0].shape == (0, 30)

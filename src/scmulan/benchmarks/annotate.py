@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ import torch
 
 from scmulan.benchmarks.ceiling import machine
 from scmulan.benchmarks.release_way import ReleaseWay
-from scmulan.infer.precision import LEAST_COSINE, LEAST_LABELS, agreement, apply_precision, block_seconds
+from scmulan.infer.precision import apply_precision, block_seconds, compare_precision
 from scmulan.infer.scoring import last_hidden, score_labels
 from scmulan.model.cost import sentence_flops
 from scmulan.model.loading import LoadedModel, load
@@ -193,9 +194,8 @@ def _agreement(model: LoadedModel, source: Path, most: int) -> dict[str, dict[st
     out = {}
     for precision in block_seconds(model.config, torch.device("cpu"), 64):
         if precision != "fp32":
-            seen = agreement(model, apply_precision(model, precision), prompts)  # type: ignore[arg-type]
-            good = seen.labels >= LEAST_LABELS and seen.cosine >= LEAST_COSINE
-            out[precision] = {"cells": seen.cells, "labels": seen.labels, "cosine": round(seen.cosine, 6), "good": good}
+            seen = compare_precision(model, apply_precision(model, precision), prompts)  # type: ignore[arg-type]
+            out[precision] = {**asdict(seen), "cosine": round(seen.cosine, 6), "good": seen.sufficient}
     return out
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from scmulan.benchmarks.ceiling import machine
-from scmulan.infer.scoring import TokenBudget, score_labels
+from scmulan.infer.batching import TokenBudget
+from scmulan.infer.scoring import score_labels
 from scmulan.model.loading import LoadedModel, load
 from scmulan.vocab.sentences import Sentences
 from scmulan.vocab.vocabulary import Family
@@ -51,7 +52,7 @@ def _curve(model: LoadedModel, points: list[tuple[int, int, int, int | None]]) -
     """Points (n, cells, words of each, cells per pass) in turn."""
     out: dict[str, Any] = {"n": [], "seconds": [], "mib": []}
     for n, cells, words, batch in points:
-        budget = None if batch is None else TokenBudget(words=batch * words)
+        budget = None if batch is None else TokenBudget(max_tokens=batch * words)
         before = _reset_peak()
         start = time.perf_counter()
         for begin in range(0, cells, BLOCK):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scmulan._progress import Advance as Progress
 from scmulan.generate.noise import CHUNK, NoiseBuffer
 from scmulan.generate.sampling import GumbelSampler, Rule, draw_number, pick_value
 from scmulan.generate.speculative import MOST, DraftLength, DraftModel, DraftStats, agrees
 from scmulan.infer.batching import MAX_MEMORY_FRACTION, free_bytes, is_out_of_memory
-from scmulan.infer.scoring import Progress
 from scmulan.model.cost import kv_bytes_per_token
 from scmulan.model.kv_cache import CAPACITY_STEP, KVCache
 from scmulan.model.loading import LoadedModel

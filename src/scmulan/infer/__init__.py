@@ -1,4 +1,4 @@
-"""Everything a trained model does: build a prompt, decode the rest.
+"""Inference over prompts: label scores, hidden states, the release's greedy rules; precision and size of a pass.
 
-This room takes sentences and gives arrays; AnnData enters one room further, in ``tl``.
+This package takes sentences and returns arrays; AnnData enters in :mod:`scmulan.tl`.
 """

@@ -1,4 +1,4 @@
-"""How many words go through a network at a time: what suits its device, as far as there is memory for them."""
+"""Batches of sentences of similar length, as large as suits the device and as memory allows."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -6,72 +6,86 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scmulan._machine import GIB, memory
 from scmulan.errors import ScmulanError
 from scmulan.model.network import Mulan, MulanConfig
+from scmulan.vocab.sentences import Sentences
 
 # On a CPU a layer's activations should stay in the caches of the cores that compute them; a GPU wants to be filled.
 CACHE_BYTES_PER_THREAD = 2**21
 # Products with few rows per core do not reach its best speed (a width of 1,120 on two cores in fp32: a fifth more at
-# 1,800 words than at 300). In fewer bits that is reached earlier, and the stream that stays in fp32 wants the caches.
-WORDS_PER_THREAD = {"fp32": 900, "bf16": 256, "int8": 256}
-MOST_WORDS = 65_536
-# Of the memory that is free, what a batch may take: others live here too.
+# 1,800 tokens than at 300). In fewer bits that is reached earlier, and the stream that stays in fp32 wants the caches.
+TOKENS_PER_THREAD = {"fp32": 900, "bf16": 256, "int8": 256}
+# Largest batch, in padded tokens and in rows.
+MAX_TOKENS, MAX_ROWS = 65_536, 256
+# Part of the free memory that a batch may take: other programs need some too.
 MAX_MEMORY_FRACTION = 0.5
 
 
 def bytes_per_token(config: MulanConfig) -> int:
-    """Bytes that one word of a batch takes at the peak of a forward pass, in float32 (an upper estimate).
+    """Estimate the bytes that a token of a batch takes at the peak of a forward pass in float32, from above.
 
     The stream before and after attention with its parts, its norm, and the hidden layer of the feed-forward before and
-    after its activation; at the input, the running sums of a set state take no more. Words and values come as int64.
+    after its activation; at the input, the running sums of a set state take no more. Entities and values are int64.
     """
     return 4 * 14 * config.width + 3 * 8
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be had on a device now; half of all memory where the system does not tell what is free."""
+    """Return the free memory of a device in bytes; half of all memory where the system does not tell what is free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    seen = memory()
-    half = None if seen["total_gib"] is None else seen["total_gib"] / 2
-    known = [gib for gib in (seen["available_gib"] or half, seen["container_limit_gib"]) if gib is not None]
+    found = memory()
+    half = None if found["total_gib"] is None else found["total_gib"] / 2
+    known = [gib for gib in (found["available_gib"] or half, found["container_limit_gib"]) if gib is not None]
     return int(min(known, default=4.0) * GIB)
 
 
 def suitable_tokens(network: Mulan) -> int:
-    """Padded words per forward pass that suit a network on its device, within the memory that is free."""
-    config, device = network.config, network.word.weight.device
-    wanted = MOST_WORDS
+    """Return the padded tokens per forward pass that suit a network on its device, within the free memory."""
+    config, device = network.config, network.device
+    suitable = MAX_TOKENS
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        wanted = max(
-            WORDS_PER_THREAD[network.precision] * threads, CACHE_BYTES_PER_THREAD * threads // (16 * config.width)
+        suitable = max(
+            TOKENS_PER_THREAD[network.precision] * threads, CACHE_BYTES_PER_THREAD * threads // (16 * config.width)
         )
     fitting = int(free_bytes(device) * MAX_MEMORY_FRACTION) // bytes_per_token(config)
-    return max(1, min(wanted, MOST_WORDS, fitting))
+    return max(1, min(suitable, MAX_TOKENS, fitting))
 
 
-def buckets(lengths: np.ndarray, words: int, most: int = 256) -> Iterator[np.ndarray]:
-    """Rows in batches of similar length: at most ``words`` padded words (but at least one row) in each.
+def padded_tensors(prompts: Sentences, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return entities and values, int64 ``[sentences, longest]``, and lengths on a device."""
+    entity, value, lengths = (torch.from_numpy(array).to(device) for array in prompts.padded())
+    return entity, value, lengths
+
+
+def buckets(lengths: np.ndarray, max_tokens: int, max_rows: int = MAX_ROWS) -> Iterator[np.ndarray]:
+    """Divide rows into batches of similar length.
 
     Parameters
     ----------
     lengths
-        Words of each row.
-    words
-        Padded words per batch.
-    most
+        Tokens of each row.
+    max_tokens
+        Padded tokens per batch; a longer row is a batch of its own.
+    max_rows
         Rows per batch.
+
+    Yields
+    ------
+    ndarray
+        Row indices of a batch, shortest rows first.
     """
     order = np.argsort(lengths, kind="stable")
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and end - start < most and (end - start + 1) * lengths[order[end]] <= words:
+        while end < len(order) and end - start < max_rows and (end - start + 1) * lengths[order[end]] <= max_tokens:
             end += 1
         yield order[start:end]
         start = end
@@ -79,12 +93,17 @@ def buckets(lengths: np.ndarray, words: int, most: int = 256) -> Iterator[np.nda
 
 @dataclass(kw_only=True, slots=True)
 class TokenBudget:
-    """Padded words per forward pass, made smaller where memory turns out to be short."""
+    """Limit of a forward pass, lowered where memory turns out to be short."""
 
-    words: int
-    """Most words of one batch, padding included."""
-    rows: int = 256
-    """Most rows of one batch."""
+    max_tokens: int
+    """Padded tokens per batch."""
+    max_rows: int = MAX_ROWS
+    """Rows per batch."""
+
+    @classmethod
+    def of(cls, network: Mulan, max_tokens: int | None = None) -> "TokenBudget":
+        """Return the budget of a job: ``max_tokens`` if given, else what suits the network's device and memory."""
+        return cls(max_tokens=max_tokens or suitable_tokens(network))
 
     def for_each(self, lengths: np.ndarray, work: Callable[[np.ndarray], None]) -> None:
         """Call ``work`` with batches of rows until all are done; a batch that finds no memory is tried in halves.
@@ -92,31 +111,31 @@ class TokenBudget:
         Parameters
         ----------
         lengths
-            Words of each row.
+            Tokens of each row.
         work
-            Does some rows (int64 indices), the same result for each whatever rows come with it.
+            Called with row indices (int64); must give a row the same result whatever rows come with it.
 
         Raises
         ------
         ScmulanError
             If a single row does not fit into memory.
         """
-        waiting = list(buckets(lengths, self.words, self.rows))[::-1]
+        waiting = list(buckets(lengths, self.max_tokens, self.max_rows))[::-1]
         while waiting:
             rows = waiting.pop()
-            if not _fits(work, rows):
+            if not _run_if_it_fits(work, rows):
                 if len(rows) == 1:
                     raise ScmulanError(
                         f"a cell of {int(lengths[rows[0]]):,} words does not fit into memory: close other programs,"
                         " or use a smaller model"
                     )
-                self.words = max(1, len(rows) * int(lengths[rows].max()) // 2)
+                self.max_tokens = max(1, len(rows) * int(lengths[rows].max()) // 2)
                 left = np.concatenate([rows, *waiting[::-1]])
-                waiting = [left[part] for part in buckets(lengths[left], self.words, self.rows)][::-1]
+                waiting = [left[part] for part in buckets(lengths[left], self.max_tokens, self.max_rows)][::-1]
 
 
-def _fits(work: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
-    """Do some rows; False if there was no memory for them, all that they had being given back."""
+def _run_if_it_fits(work: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
+    """Return whether there was memory for some rows; if not, all that they took is freed."""
     try:
         work(rows)
         return True
@@ -130,7 +149,7 @@ def _fits(work: Callable[[np.ndarray], None], rows: np.ndarray) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that memory could not be had."""
+    """Return whether an error of torch or Python says that memory could not be had."""
     text = str(error).lower()
-    short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in text for word in short)
+    phrases = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in text for phrase in phrases)

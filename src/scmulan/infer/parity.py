@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scmulan.errors import InputError
-from scmulan.infer.release_rule import Rule, annotate, decode, next_word
+from scmulan.infer.release_rule import Rule, annotate, decode, head_outputs
 from scmulan.model.cost import kv_bytes_per_token
 from scmulan.model.loading import LoadedModel, load_model
 from scmulan.vocab.binning import tokenize
@@ -327,7 +327,7 @@ def _check_alone(loaded: LoadedModel, report: ParityReport) -> None:
     genes = loaded.vocabulary.ids(Family.GENE)[:64]
     entity = np.append(genes, loaded.vocabulary.prompts[ANNOTATE.name])
     value = np.append(np.arange(len(genes)) % loaded.config.levels + 1, 0)
-    logits, values = next_word(loaded.network, Sentences.join([(entity, value, len(entity))]))
+    logits, values = head_outputs(loaded.network, Sentences.join([(entity, value, len(entity))]))
     finite = {name: weight.isfinite().cpu().numpy() for name, weight in loaded.network.state_dict().items()}
     finite |= {"entity_logits": np.isfinite(logits), "value_outputs": np.isfinite(values)}
     for what, good in finite.items():
@@ -355,7 +355,7 @@ def _compare_cells(loaded: LoadedModel, fixture: Fixture, compare: "_Comparison"
         return
     network, end = loaded.network, loaded.vocabulary.end
     size = _batch_size(loaded, int(prompts.lengths.max()))
-    logits, values = next_word(network, prompts, batch_size=size)
+    logits, values = head_outputs(network, prompts, batch_size=size)
     compare.close("entity_logits", logits, compare.named)
     compare.close("value_outputs", values, compare.named)
     rules: tuple[tuple[Rule, str], ...] = (("release", ""), ("release_cache", "_kv"))
@@ -376,7 +376,7 @@ def _compare_generation(loaded: LoadedModel, fixture: Fixture, compare: "_Compar
     prompts = Sentences.join([(entity, np.zeros_like(entity), len(entity)) for entity in ids])
     most = fixture.new_words(prompts.lengths, end)
     size = _batch_size(loaded, int((prompts.lengths + most).max()))
-    said = decode(loaded.network, prompts, words=int(most.max()), end=end, rule="release_cache", batch_size=size)
+    said = decode(loaded.network, prompts, max_tokens=int(most.max()), end=end, rule="release_cache", batch_size=size)
     shape = (len(ids), int(prompts.lengths.max()) + said.entity.shape[1])
     entity, value = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
     for i, prompt in enumerate(ids):

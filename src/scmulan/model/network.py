@@ -277,7 +277,7 @@ class Mulan(nn.Module):
         Tensor
             ``[B, W]``.
         """
-        x_BTW, _ = self._embed(entity, value, None)
+        x_BTW = self._embed(entity, value, None)[0]  # no name for the running sums, which would keep them in memory
         *lower, top = self.blocks
         for layer, block in enumerate(lower):
             x_BTW = block(x_BTW, None, layer, None)

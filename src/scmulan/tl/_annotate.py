@@ -21,10 +21,12 @@ from scmulan._keys import (
     UNCERTAIN,
     UNKNOWN,
 )
+from scmulan._progress import Advance as Progress
 from scmulan.errors import ModelError
 from scmulan.infer import release_rule
+from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision
-from scmulan.infer.scoring import Progress, TokenBudget, score_labels
+from scmulan.infer.scoring import score_labels
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._blockwise import BlockStore, CellReader, Rule, merge_uns, provenance, run_blocks, without_empty
 from scmulan.vocab.binning import GeneTokens
@@ -150,7 +152,7 @@ def annotate_cells(
             states = said.embedding
             progress(len(words))
         else:
-            scores = score_labels(used, prompts, budget=budget, given_coarse=rule == "stepwise", progress=progress)
+            scores = score_labels(used, prompts, budget=budget, coarse_first=rule == "stepwise", advance=progress)
             arrays = namer.name(scores.fine, scores.coarse, words.lengths)
             states = scores.hidden
         return {**arrays, **({"hidden": without_empty(states, words)} if keep_hidden else {})}

@@ -25,10 +25,10 @@ import scmulan
 from scmulan._dist import Ranks, inference_ranks
 from scmulan._io.adata import BlockArray
 from scmulan._keys import UNS
+from scmulan._progress import Advance as Progress
 from scmulan.errors import OutputError
 from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision, apply_precision, choose_precision
-from scmulan.infer.scoring import Progress, token_budget
 from scmulan.model.cost import forward_flops_per_token
 from scmulan.model.loading import LoadedModel
 from scmulan.vocab.binning import GeneTokens, tokenize
@@ -350,7 +350,7 @@ def _run(
     progress(sum(rows.stop - rows.start for i, rows in enumerate(blocks) if ranks.owns(i) and i not in todo))
     chosen = _settled(model, rule, precision, parts, ranks)
     used = None if chosen == "auto" else apply_precision(model, chosen)
-    budget = token_budget(model, batch_tokens)
+    budget = TokenBudget.of(model.network, batch_tokens)
     for rows, words in reader.blocks(size, wanted=lambda rows: rows.start // size in todo):
         prompts = gene_prompts(words, model.vocabulary, ANNOTATE)
         if used is None:

@@ -7,9 +7,11 @@ import anndata as ad
 import numpy as np
 
 from scmulan._keys import EMBEDDING
+from scmulan._progress import Advance as Progress
 from scmulan.infer import release_rule
+from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision
-from scmulan.infer.scoring import Progress, TokenBudget, last_hidden
+from scmulan.infer.scoring import last_hidden
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._blockwise import BlockStore, CellReader, merge_uns, provenance, run_blocks, without_empty
 from scmulan.vocab.binning import GeneTokens
@@ -91,7 +93,7 @@ def embed_cells(
             states = release_rule.annotate(used.network, prompts, end=used.vocabulary.end).embedding
             progress(len(words))
         else:
-            states = last_hidden(used, prompts, budget=budget, progress=progress)
+            states = last_hidden(used, prompts, budget=budget, advance=progress)
         return {"hidden": without_empty(states, words)}
 
     done = run_blocks(

@@ -15,9 +15,9 @@ import scmulan
 from scmulan._dist import Ranks, inference_ranks
 from scmulan._io.adata import check_output, copy_with_results, open_input, write_h5ad, write_table
 from scmulan._keys import CELL_TYPE, EMBEDDING, PERTURBED, SHIFT, STATUS, STATUSES, UNS
+from scmulan._progress import Advance as Progress
 from scmulan.errors import OutputError
 from scmulan.infer.precision import Precision
-from scmulan.infer.scoring import Progress
 from scmulan.model.loading import LoadedModel, load
 from scmulan.tl._annotate import annotate_cells
 from scmulan.tl._blockwise import BlockStore, Rule, block_cells, merge_uns, parts_of

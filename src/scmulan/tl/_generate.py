@@ -12,13 +12,13 @@ import scipy.sparse as sp
 import scmulan
 from scmulan._dist import inference_ranks
 from scmulan._keys import UNS
+from scmulan._progress import Advance as Progress
 from scmulan.errors import ScmulanError
 from scmulan.generate.blocks import generate_in_blocks
 from scmulan.generate.decoding import CPU_ROWS, DecodingConfig, decode_cells
 from scmulan.generate.sampling import Rule
 from scmulan.generate.speculative import MOST
 from scmulan.infer.precision import Precision, apply_precision
-from scmulan.infer.scoring import Progress
 from scmulan.model.loading import LoadedModel
 from scmulan.vocab.binning import debin
 from scmulan.vocab.genes import match_genes
@@ -102,7 +102,7 @@ def generate(
     _positive(n=n, temperature=temperature, max_words=max_words, draft=draft, batch=batch)
     if draft is not None and draft > MOST:
         raise ScmulanError(f"draft is {draft}: expected at most {MOST} words")
-    model = apply_precision(model, precision, rows=CPU_ROWS)
+    model = apply_precision(model, precision, tokens=CPU_ROWS)
     vocabulary = model.vocabulary
     prompt = np.array([*vocabulary.metadata_ids(metadata), vocabulary.prompts[GENERATE.name]])
     allowed = None

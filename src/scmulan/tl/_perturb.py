@@ -11,9 +11,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmulan._keys import PERTURBED, PERTURBED_CELL_TYPE, PERTURBED_PROBABILITY, PROBABILITY_BEFORE, SHIFT, UNKNOWN
+from scmulan._progress import Advance as Progress
 from scmulan.errors import InputError, ModelError
+from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision
-from scmulan.infer.scoring import Progress, TokenBudget, score_labels
+from scmulan.infer.scoring import score_labels
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._blockwise import BlockStore, CellReader, merge_uns, provenance, run_blocks
 from scmulan.vocab.binning import GeneTokens
@@ -118,7 +120,7 @@ def perturb_cells(
     def work(used: LoadedModel, prompts: Sentences, words: GeneTokens, budget: TokenBudget) -> dict[str, np.ndarray]:
         other = with_levels(words, levels)
         changed = _differs(words, other, len(used.vocabulary.genes))
-        before = score_labels(used, prompts, budget=budget, progress=progress)
+        before = score_labels(used, prompts, budget=budget, advance=progress)
         rows = np.flatnonzero(changed)
         asked = gene_prompts(other, used.vocabulary, ANNOTATE).take(rows)
         after = score_labels(used, asked, budget=budget)
