@@ -60,7 +60,7 @@ def generate(
     ] = options.AUTO,
     precision: Annotated[
         Literal["fp32", "bf16", "int8", "auto"],
-        typer.Option(help="In what to compute; another precision writes other cells."),
+        typer.Option(help="Precision; another one writes other cells."),
     ] = "fp32",
     device: options.Device = "auto",
     as_json: options.Json = False,

@@ -79,7 +79,7 @@ BatchSize = Annotated[
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "int8"],
-    typer.Option(help="In what to compute; auto: the fastest here that gives the labels of fp32."),
+    typer.Option(help="Precision. auto picks the fastest that reproduces the fp32 labels on a sample."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
