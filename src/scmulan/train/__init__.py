@@ -1,4 +1,10 @@
-"""From cells to weights: objectives, the loop, its state on disk, fine-tuning.
+"""From cells to weights: batches, losses, the training loop, checkpoints, fine-tuning.
 
-This room may use language, corpus and model. It writes run folders; a finished run becomes a model folder.
+The data's way: per-cell tables → planned sentences (``sentence_plan``) → the cells' expression → sentences and targets
+(``sentence_kernels``, ``batches``) → hidden states → loss (``losses``) → step, log, checkpoint (``trainer``,
+``checkpoint``) → model folder (``export``). The order of cells is a function of (seed, step), so nothing random is
+saved. A reader whose sentences have a length that is known only once the cell is there (a bag of words) would fit
+between the plan and the batch: ragged rows of a pool, sorted by length after reading.
+
+This package may use ``vocab``, ``data`` and ``model``.
 """
