@@ -1,3 +1,5 @@
+"""Gene tokens are those of the published rule, whatever way through the compiled pass a cell takes."""
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -5,17 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmulan.benchmarks.tokenize import VOCABULARY, as_released, same_words, synthetic_cells, with_scipy
-from scmulan.vocab.binning import _sum_whole, debin, tokenize
+from scmulan.vocab.binning import debin, log1p_normalised, sum_whole, tokenize
 
 
-def dense_words(x: np.ndarray, columns: np.ndarray, genes: int, state: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def dense_tokens(
+    x: np.ndarray, columns: np.ndarray, genes: int, matrix_kind: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """The published rule, cell by cell and dense: normalise, log1p, subset, digitise by the cell's own maximum."""
     out = []
     for row in x.astype(np.float64):
-        amount = row if state == "counts" else np.expm1(row)
+        amount = row if matrix_kind == "counts" else np.expm1(row)
         folded = np.zeros(genes)
         np.add.at(folded, columns[columns >= 0], amount[columns >= 0])
-        if state == "counts":
+        if matrix_kind == "counts":
             folded = folded * 1e4 / max(amount.sum(), 1e-300)
         values = np.log1p(folded).astype(np.float32)
         edges = np.linspace(0, values.max(), 11)
@@ -25,61 +29,61 @@ def dense_words(x: np.ndarray, columns: np.ndarray, genes: int, state: str) -> l
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["counts", "log1p"]))
-def test_one_pass_over_csr_is_the_dense_rule(seed, state):
+def test_one_pass_over_csr_is_the_dense_rule(seed, matrix_kind):
     rng = np.random.default_rng(seed)
     x = rng.poisson(0.7, (5, 30)).astype(np.float32)
     x[rng.integers(5)] = 0  # an all-zero cell
     columns = rng.permutation(np.concatenate([np.arange(12), np.full(10, -1), rng.integers(0, 12, 8)])).astype(np.int32)
-    if state == "log1p":
+    if matrix_kind == "log1p":
         x = np.log1p(x)
-    words = tokenize(sp.csr_matrix(x), columns, 12, matrix_kind=state)
-    for i, (gene, level) in enumerate(dense_words(x, columns, 12, state)):
-        part = slice(words.indptr[i], words.indptr[i + 1])
-        assert np.array_equal(words.gene[part], gene)
+    tokens = tokenize(sp.csr_matrix(x), columns, 12, matrix_kind=matrix_kind)
+    for i, (gene, level) in enumerate(dense_tokens(x, columns, 12, matrix_kind)):
+        part = slice(tokens.indptr[i], tokens.indptr[i + 1])
+        assert np.array_equal(tokens.gene[part], gene)
         # Sums of duplicated log1p columns may differ in the last bit, which an edge can turn into one bin.
-        assert np.abs(words.level[part].astype(int) - level).max(initial=0) <= (state == "log1p")
+        assert np.abs(tokens.level[part].astype(int) - level).max(initial=0) <= (matrix_kind == "log1p")
 
 
 def test_bins_are_open_below_and_closed_above():
     x = sp.csr_matrix(np.array([[1.0, 0.1, 0.2, 0.30001, 0.95, 0.0]], dtype=np.float32))
-    words = tokenize(x, np.arange(6, dtype=np.int32), 6, matrix_kind="log1p")
-    assert words.gene.tolist() == [0, 1, 2, 3, 4]
-    assert words.level.tolist() == [10, 2, 3, 4, 10]  # float32(0.1) lies just above the edge 0.1 of float64
-    assert words.maximum[0] == 1.0
+    tokens = tokenize(x, np.arange(6, dtype=np.int32), 6, matrix_kind="log1p")
+    assert tokens.gene.tolist() == [0, 1, 2, 3, 4]
+    assert tokens.level.tolist() == [10, 2, 3, 4, 10]  # float32(0.1) lies just above the edge 0.1 of float64
+    assert tokens.maximum[0] == 1.0
 
 
-def test_published_prompts_come_out_to_the_word(shared):
+def test_published_prompts_come_out_to_the_token(shared):
     for name in ("parity_nobias", "parity_bias"):
         z = np.load(shared / "reference" / f"{name}.npz")
-        words = tokenize(sp.csr_matrix(z["expression"]), np.arange(2000, dtype=np.int32), 2000, matrix_kind="log1p")
+        tokens = tokenize(sp.csr_matrix(z["expression"]), np.arange(2000, dtype=np.int32), 2000, matrix_kind="log1p")
         for i, ids in enumerate(z["prompt_ids"]):
             n = int((ids >= 0).sum()) - 1
-            part = slice(words.indptr[i], words.indptr[i + 1])
-            assert np.array_equal(words.gene[part][::-1] + 1, ids[:n])
-            assert np.array_equal(words.level[part][::-1], z["prompt_values"][i][:n])
+            part = slice(tokens.indptr[i], tokens.indptr[i + 1])
+            assert np.array_equal(tokens.gene[part][::-1] + 1, ids[:n])
+            assert np.array_equal(tokens.level[part][::-1], z["prompt_values"][i][:n])
 
 
 def test_duplicates_are_summed_on_counts_and_total_counts_all_genes():
     x = sp.csr_matrix(np.array([[3.0, 1.0, 4.0, 92.0]], dtype=np.float32))
-    words = tokenize(x, np.array([0, 0, 1, -1], dtype=np.int32), 2, matrix_kind="counts")
-    assert words.level.tolist() == [10, 10] and words.covered[0] == pytest.approx(0.08)
-    assert words.maximum[0] == pytest.approx(np.log1p(400), rel=1e-6)
+    tokens = tokenize(x, np.array([0, 0, 1, -1], dtype=np.int32), 2, matrix_kind="counts")
+    assert tokens.level.tolist() == [10, 10] and tokens.covered[0] == pytest.approx(0.08)
+    assert tokens.maximum[0] == pytest.approx(np.log1p(400), rel=1e-6)
 
 
-def plain_words(x, columns, genes, state, total=None):
+def plain_tokens(x, columns, genes, matrix_kind, total=None):
     """The rule for one cell, entry by entry: what the compiled pass has to give to the last bit."""
     values, amounts = {}, []
     for column in np.flatnonzero(x):
         value = float(np.float32(x[column]))
-        amounts.append(value if state == "counts" else np.expm1(value))
+        amounts.append(value if matrix_kind == "counts" else np.expm1(value))
         gene = columns[column]
-        if gene >= 0 and state == "counts":
+        if gene >= 0 and matrix_kind == "counts":
             values[gene] = values.get(gene, 0.0) + value
         elif gene >= 0:
             values[gene] = value if gene not in values else np.log1p(np.expm1(values[gene]) + np.expm1(value))
     total = float(np.add.accumulate(amounts)[-1]) if total is None else float(total)
-    scale = 1e4 / total if state == "counts" else 1.0
-    logs = {g: np.float32(np.log1p(v * scale) if state == "counts" else v) for g, v in values.items()}
+    scale = 1e4 / total if matrix_kind == "counts" else 1.0
+    logs = {g: np.float32(np.log1p(v * scale) if matrix_kind == "counts" else v) for g, v in values.items()}
     found = sorted(logs)
     edges = np.linspace(0, float(max(logs.values())), 11)
     return found, np.digitize([float(logs[g]) for g in found], edges, right=True).clip(max=10).tolist()
@@ -93,13 +97,13 @@ def plain_words(x, columns, genes, state, total=None):
     st.sampled_from(["ascending", "permuted", "duplicates"]),
     st.booleans(),
 )
-def test_every_way_through_the_pass_gives_the_rule_to_the_last_bit(seed, state, kind, order, known):
+def test_every_way_through_the_pass_gives_the_rule_to_the_last_bit(seed, matrix_kind, kind, order, known):
     """Whole and other amounts, columns in and out of order, duplicates on counts, totals given; 200 genes."""
     rng = np.random.default_rng(seed)
     columns = np.full(500, -1, dtype=np.int32)
     inside = np.sort(rng.choice(500, 200, replace=False))
     columns[inside] = np.arange(200) if order == "ascending" else rng.permutation(200)
-    if order == "duplicates" and state == "counts":
+    if order == "duplicates" and matrix_kind == "counts":
         columns[inside[::3]] = columns[inside[0]]
     x = rng.poisson(rng.gamma(0.4, 3.0, (4, 500))).astype(np.float32)
     x[:, inside[:2]] += 1
@@ -107,18 +111,18 @@ def test_every_way_through_the_pass_gives_the_rule_to_the_last_bit(seed, state, 
         x *= rng.uniform(0.1, 3.0, x.shape).astype(np.float32)
     elif kind == "reads":
         x *= rng.integers(1, 10**6, x.shape).astype(np.float32)
-    if state == "log1p":
+    if matrix_kind == "log1p":
         x = np.log1p(x * np.float32(0.37)).astype(np.float32)
     total = rng.uniform(500, 5000, 4).astype(np.float32) if known else None
     matrix = sp.csr_matrix(x)
-    words = tokenize(matrix, columns, 200, matrix_kind=state, total=total)
-    mixed = tokenize(matrix, columns, 200, matrix_kind=np.full(4, state == "log1p"), total=total)
+    tokens = tokenize(matrix, columns, 200, matrix_kind=matrix_kind, total=total)
+    mixed = tokenize(matrix, columns, 200, matrix_kind=np.full(4, matrix_kind == "log1p"), total=total)
     for i in range(4):
-        part = slice(words.indptr[i], words.indptr[i + 1])
-        gene, level = plain_words(x[i], columns, 200, state, None if total is None else total[i])
-        assert words.gene[part].tolist() == gene
-        assert words.level[part].tolist() == level
-    assert np.array_equal(mixed.gene, words.gene) and np.array_equal(mixed.level, words.level)
+        part = slice(tokens.indptr[i], tokens.indptr[i + 1])
+        gene, level = plain_tokens(x[i], columns, 200, matrix_kind, None if total is None else total[i])
+        assert tokens.gene[part].tolist() == gene
+        assert tokens.level[part].tolist() == level
+    assert np.array_equal(mixed.gene, tokens.gene) and np.array_equal(mixed.level, tokens.level)
 
 
 def test_values_on_an_edge_belong_to_the_bin_below():
@@ -126,33 +130,33 @@ def test_values_on_an_edge_belong_to_the_bin_below():
     steps = np.arange(1, 400, dtype=np.float32)
     edges = steps[:, None] * np.arange(1, 11, dtype=np.float32)
     for power in (1, 1 / 1024):  # exact in float32
-        words = tokenize(
+        tokens = tokenize(
             sp.csr_matrix(edges * np.float32(power)),
             np.arange(10, dtype=np.int32),
             10,
             matrix_kind="log1p",
             total=steps,
         )
-        assert np.array_equal(words.level.reshape(-1, 10), np.tile(np.arange(1, 11), (len(steps), 1)))
+        assert np.array_equal(tokens.level.reshape(-1, 10), np.tile(np.arange(1, 11), (len(steps), 1)))
 
 
 def test_only_whole_counts_may_be_added_in_any_order():
-    assert _sum_whole(np.array([1, 2, 60_000, 0, 2**31], dtype=np.float32)) == (60_003.0 + 2**31, True)
+    assert sum_whole(np.array([1, 2, 60_000, 0, 2**31], dtype=np.float32)) == (60_003.0 + 2**31, True)
     for other in (0.5, 1e-8, 1e20):
-        assert not _sum_whole(np.array([1, 2, other, 4], dtype=np.float32))[1]
+        assert not sum_whole(np.array([1, 2, other, 4], dtype=np.float32))[1]
 
 
 def test_scipy_and_the_published_way_come_to_the_same_words():
     matrix, columns = synthetic_cells(40)
-    words = tokenize(matrix, columns, VOCABULARY, matrix_kind="counts")
+    tokens = tokenize(matrix, columns, VOCABULARY, matrix_kind="counts")
     for other in (
         with_scipy(matrix, columns, VOCABULARY),
         with_scipy(matrix, columns, VOCABULARY, subset_first=True),
         as_released(matrix, columns, VOCABULARY),
     ):
-        assert same_words(words, other)
-    words.level[3] += 1
-    assert not same_words(words, other)
+        assert same_words(tokens, other)
+    tokens.level[3] += 1
+    assert not same_words(tokens, other)
 
 
 def test_unsorted_entries_and_stored_zeros_are_no_matter():
@@ -175,14 +179,21 @@ def test_unsorted_entries_and_stored_zeros_are_no_matter():
 def test_cells_with_every_gene_and_with_none():
     big = sp.random(1, 2000, density=1.0, format="csr", random_state=0, dtype=np.float32)
     matrix = sp.vstack([sp.csr_matrix((1, 2000), dtype=np.float32), big, sp.csr_matrix((1, 2000), dtype=np.float32)])
-    words = tokenize(matrix.tocsr(), np.arange(2000, dtype=np.int32), 2000, matrix_kind="log1p")
-    assert words.lengths.tolist() == [0, big.nnz, 0]
-    assert words.maximum[0] == 0 and words.covered.tolist() == pytest.approx([0, 1, 0])
+    tokens = tokenize(matrix.tocsr(), np.arange(2000, dtype=np.int32), 2000, matrix_kind="log1p")
+    assert tokens.lengths.tolist() == [0, big.nnz, 0]
+    assert tokens.maximum[0] == 0 and tokens.covered.tolist() == pytest.approx([0, 1, 0])
 
 
-def test_unknown_state_is_refused():
+def test_an_unknown_matrix_kind_is_refused():
     with pytest.raises(ValueError, match="'counts' or 'log1p'"):
         tokenize(sp.csr_matrix((1, 1), dtype=np.float32), np.zeros(1, np.int32), 1, matrix_kind="cpm")
+
+
+def test_counts_are_scaled_to_ten_thousand_and_logged():
+    matrix = sp.csr_matrix(np.array([[3.0, 0, 1], [0, 0, 0], [0, 5, 0]], dtype=np.float32))
+    found = log1p_normalised(matrix.data, matrix.indptr, np.array([4.0, 0.0, 500.0], dtype=np.float32))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.log1p([7500, 2500, 100]), rtol=1e-6)
 
 
 def test_debinned_cells_have_the_total_that_normalisation_gives():
@@ -199,6 +210,6 @@ def test_debinned_bins_bin_again_to_themselves():
     rng = np.random.default_rng(0)
     level = np.concatenate([[10], rng.integers(1, 10, 40)]).astype(np.uint8)
     values = debin(np.array([0, 41]), level)
-    words = tokenize(sp.csr_matrix(values[None]), np.arange(41, dtype=np.int32), 41, matrix_kind="log1p")
-    # The top word stands at 9.5 tenths of the scale: bins are relative to it, so they may move up by one, in order.
-    assert np.all(words.level >= level) and np.all(words.level - level <= 1)
+    tokens = tokenize(sp.csr_matrix(values[None]), np.arange(41, dtype=np.int32), 41, matrix_kind="log1p")
+    # The top gene stands at 9.5 tenths of the scale: bins are relative to it, so they may move up by one, in order.
+    assert np.all(tokens.level >= level) and np.all(tokens.level - level <= 1)

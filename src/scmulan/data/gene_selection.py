@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from scmulan.vocab.binning import log1p_normalised
+
 BINS = 20
 
 
@@ -46,8 +48,7 @@ class Moments:
         """
         x = matrix.data.astype(np.float64)
         if matrix_kind == "counts":
-            scale = 1e4 / np.maximum(total, 1e-9)
-            x = np.log1p(x * np.repeat(scale, np.diff(matrix.indptr)))
+            x = log1p_normalised(x, matrix.indptr, total)
         genes = len(self.first)
         self.cells += matrix.shape[0]
         self.first += np.bincount(matrix.indices, x, minlength=genes)

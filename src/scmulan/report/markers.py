@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from scipy.stats import rankdata
 
 from scmulan.report.layout import SEED
-from scmulan.vocab.binning import TARGET_SUM
+from scmulan.vocab.binning import log1p_normalised
 from scmulan.vocab.gene_table import GeneTable
 from scmulan.vocab.genes import choose_names
 from scmulan.vocab.matrix import ExpressionMatrix
@@ -124,7 +124,7 @@ def read_log1p(matrix: ExpressionMatrix, cells: np.ndarray) -> sp.csr_matrix:
         part = block[cells[(cells >= rows.start) & (cells < rows.stop)] - rows.start]
         if matrix.matrix_kind == "counts":
             total = np.asarray(part.sum(1)).ravel()
-            part.data = np.log1p(part.data * np.repeat(TARGET_SUM / np.maximum(total, 1e-12), np.diff(part.indptr)))
+            part.data = log1p_normalised(part.data, part.indptr, total)
         parts.append(part)
     return sp.csr_matrix(sp.vstack(parts, format="csr"), dtype=np.float32)
 

@@ -11,7 +11,7 @@ from scmulan._dist import Ranks
 from scmulan.data.store import CellSource
 from scmulan.model.network import Mulan
 from scmulan.train.batches import Batch, BatchConfig, Batches
-from scmulan.vocab.binning import tokenize
+from scmulan.vocab.binning import log1p_normalised, tokenize
 from scmulan.vocab.sentences import gene_prompts
 from scmulan.vocab.tasks import ANNOTATE, LOCATE, TASKS, Task
 from scmulan.vocab.vocabulary import Family, Vocabulary
@@ -49,8 +49,8 @@ def last_hidden_states(
         cells = order[start : start + batch]
         rows = store.rows(cells)
         number = np.diff(rows.indptr)
-        scale = np.repeat(1e4 / np.maximum(store.total[cells], 1e-9), number)
-        rows.data = np.where(np.repeat(store.logged[cells], number), rows.data, np.log1p(rows.data * scale))
+        normalised = log1p_normalised(rows.data, rows.indptr, store.total[cells])
+        rows.data = np.where(np.repeat(store.logged[cells], number), rows.data, normalised)
         words = tokenize(rows, columns, genes, matrix_kind="log1p")
         entity, value, lengths = gene_prompts(words, vocabulary, task).padded()
         hidden = model(torch.from_numpy(entity).to(device), torch.from_numpy(value).to(device))
