@@ -1,11 +1,13 @@
-"""What `import scmulan` costs."""
+"""What ``import scmulan`` costs and shows."""
 
 import subprocess
 import sys
 
 import pytest
 
-LIGHT = ["import scmulan", "from scmulan.cli.__main__ import main; main(['--help'])"]
+import scmulan
+
+LIGHT = ["import scmulan; dir(scmulan)", "from scmulan.cli.__main__ import main; main(['--help'])"]
 
 
 @pytest.mark.parametrize("code", LIGHT)
@@ -14,3 +16,11 @@ def test_a_light_start_loads_no_torch(code):
     script += "print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "False"
+
+
+def test_the_package_lists_what_one_may_use():
+    assert dir(scmulan) == ["LoadedModel", "__version__", "finetune", "load", "pretrain", "tl"]
+    for name in dir(scmulan):
+        assert getattr(scmulan, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        scmulan.nothing  # noqa: B018

@@ -1,31 +1,16 @@
 """scmulan: a multitask generative language model of single cells.
 
-``import scmulan`` is light: torch is imported when a model is loaded, not before.
+``import scmulan`` is light: names are imported when they are first used, torch with them. The stub ``__init__.pyi``
+lists them.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "finetune", "load", "pretrain", "tl"]
 
-if TYPE_CHECKING:
-    from scmulan import tl
-    from scmulan.model.loading import load
-    from scmulan.train.finetune import finetune
-    from scmulan.train.pretrain import pretrain
-
-_LAZY = {
-    "load": ("scmulan.model.loading", "load"),
-    "finetune": ("scmulan.train.finetune", "finetune"),
-    "pretrain": ("scmulan.train.pretrain", "pretrain"),
-}
+__getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
+__all__ = sorted([*_names, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
-    if name == "tl":
-        return import_module("scmulan.tl")
-    if name in _LAZY:
-        module, attribute = _LAZY[name]
-        return getattr(import_module(module), attribute)
-    raise AttributeError(f"module 'scmulan' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return __all__
