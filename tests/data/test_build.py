@@ -1,6 +1,5 @@
 """From a spec and its files to a folder of shards."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from scmulan.data.build import build
+from scmulan._io.outputs import lock_file
+from scmulan.data.build import build, find_repeats
 from scmulan.data.inspect import verify
 from scmulan.data.memory import build_store, build_vocabulary, read_studies
 from scmulan.data.shards import open_arrays
@@ -52,7 +52,8 @@ def test_a_corpus_holds_what_is_read_into_memory(files, corpus_folder):
     for name in ("logged", "study", "measured", "metadata", "lengths"):
         assert np.array_equal(getattr(corpus, name), getattr(store, name)), name
     np.testing.assert_allclose(corpus.total, store.total, rtol=1e-6)
-    assert corpus.covered() == pytest.approx(store.covered())
+    covered = [study["covered"] * study["cells"] for study in corpus.manifest["studies"]]
+    assert sum(covered) / len(corpus) == pytest.approx(store.covered())
     found = corpus.rows(np.arange(210))
     assert np.array_equal(found.indices, store.matrix.indices) and np.array_equal(found.indptr, store.matrix.indptr)
     large = store.matrix.data > 60_000
@@ -142,8 +143,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(respec, tmp_path):
 
 def test_two_builds_into_one_folder_are_refused(files, tmp_path):
     (tmp_path / ".out.building").mkdir()
-    with (tmp_path / ".out.building" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(tmp_path / ".out.building" / "lock", "busy"):
         with pytest.raises(OutputError, match=r"\.out\.building: another process builds this corpus"):
             build(read_corpus_spec(files / "spec.toml"), tmp_path / "out")
 
@@ -179,7 +179,7 @@ def test_words_that_a_vocabulary_lacks_are_dropped_and_counted(respec, given):
     build(respec(given / "spec.toml", "vocabulary = 'words.json'"), given / "out")
     corpus = Corpus(given / "out")
     assert corpus.vocabulary == Vocabulary.load(given / "words.json")
-    assert (corpus.words(Family.FINE)[:3] >= 0).tolist() == [True, False, False]
+    assert (corpus.tokens(Family.FINE)[:3] >= 0).tolist() == [True, False, False]
     assert [s["unknown_words"] for s in corpus.manifest["studies"]] == [
         {"fine_type": {"B cell": n}} for n in (33, 17, 20)
     ]
@@ -190,7 +190,7 @@ def test_words_that_a_vocabulary_lacks_are_added_at_its_end(respec, given):
     corpus = Corpus(given / "out")
     old = Vocabulary.load(given / "words.json")
     assert corpus.vocabulary.tokens == (*old.tokens, "B cell")
-    assert corpus.words(Family.FINE)[1] == len(old) and corpus.manifest["studies"][0]["unknown_words"] == {}
+    assert corpus.tokens(Family.FINE)[1] == len(old) and corpus.manifest["studies"][0]["unknown_words"] == {}
 
 
 def test_words_that_a_vocabulary_lacks_are_refused(respec, given):
@@ -226,14 +226,12 @@ def test_cells_that_repeat_others_are_found(made, tmp_path, choice):
 
 
 def test_duplicates_are_found_in_any_number_of_passes(corpus_folder):
-    from scmulan.data.duplicates import find_repeats
-
     manifest = Corpus(corpus_folder).manifest
     content = np.concatenate([open_arrays(corpus_folder / s["file"])[0]["content"] for s in manifest["shards"]])
     assert len(np.unique(content)) == 210
     shards = [*manifest["shards"][:2], manifest["shards"][0]]  # the first shard's cells once more
-    for held in (1000, 20):
-        repeats = find_repeats(corpus_folder, shards, held)
+    for max_hashes in (1000, 20):
+        repeats = find_repeats(corpus_folder, shards, max_hashes)
         assert repeats.later.tolist() == [False] * 80 + [True] * 40 and repeats.pairs == {(0, 0): 40}
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from scmulan.cli.app import run
+from scmulan.data.split import select_part
 from scmulan.data.store import Corpus
 
 
@@ -70,7 +71,7 @@ def test_split_writes_into_the_corpus(folder, capsys):
     (folder.parent / "split.toml").write_text('corpus = "corpus"\n[studies]\nvalidation = ["logged"]\n')
     assert run(["corpus", "split", str(folder.parent / "split.toml")]) == 0
     assert "train 160, validation 50, test 0 cells" in capsys.readouterr().out
-    assert len(Corpus(folder).subset("validation")) == 50
+    assert len(select_part(Corpus(folder), "validation")) == 50
 
 
 @pytest.mark.parametrize(

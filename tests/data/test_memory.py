@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scmulan.data.memory import StudyCells, build_store, build_vocabulary, read_cells, take
+from scmulan.data.memory import StudyCells, build_store, build_vocabulary, store_from_adata, take
 from scmulan.data.spec import StudySpec
 from scmulan.errors import GeneError
 from scmulan.vocab.genes import CoverageWarning, GeneTable
@@ -69,9 +69,9 @@ def test_a_store_holds_what_its_vocabulary_can_say(tmp_path, table):
     assert store.logged.tolist() == [False] * 3 + [True] * 2
     assert store.study.tolist() == [0, 0, 0, 1, 1] and store.studies == ["one", "two"]
     assert store.measured.tolist() == [[True, True, True, False], [True, True, False, False]]
-    fine = [vocabulary.tokens[w] if w >= 0 else None for w in store.words(Family.FINE)]
+    fine = [vocabulary.tokens[w] if w >= 0 else None for w in store.tokens(Family.FINE)]
     assert fine == ["T cell", None, None, "B cell", "T cell"]  # the vocabulary knows no dragons
-    assert (store.words(Family.ORGAN) >= 0).tolist() == [True] * 3 + [False] * 2
+    assert (store.tokens(Family.ORGAN) >= 0).tolist() == [True] * 3 + [False] * 2
     assert store.metadata.shape == (5, len(METADATA))
     share = [counts[i].sum() / COUNTS[i].sum() for i in range(3)]
     share += [np.expm1(logged[i, [0, 2]]).sum() / np.expm1(logged[i]).sum() for i in range(2)]
@@ -101,16 +101,16 @@ def test_cells_are_read_into_old_names_of_genes_too():
     """A vocabulary keeps the symbols it was made with; both sides meet through the approved one."""
     vocabulary = Vocabulary.build(["GNLY", "CD4", "MARCH1"], {Family.FINE: ["T cell"]})
     words = {Family.FINE: np.array(["T cell", "", "dragon cell"], dtype=object)}
-    store, matrix, match = read_cells(some_cells(), vocabulary, words, name="mine")
+    store, matrix, match = store_from_adata(some_cells(), vocabulary, words, name="mine")
     assert store.matrix.toarray().tolist() == np.array([SUMMED[g] for g in ("GNLY", "CD4", "MARCHF1")]).T.tolist()
     assert store.total.tolist() == [42, 6, 19]
-    assert store.words(Family.FINE).tolist() == [vocabulary.id(Family.FINE, "T cell"), -1, -1]
+    assert store.tokens(Family.FINE).tolist() == [vocabulary.id(Family.FINE, "T cell"), -1, -1]
     assert store.measured.tolist() == [[True] * 3] and store.studies == ["mine"]
     assert (matrix.where, matrix.matrix_kind) == ("X", "counts") and len(match.found) == 3
 
     logged = some_cells()
     logged.X = np.log1p(COUNTS / 7)
-    other = read_cells(logged, vocabulary, {}, name="mine", matrix_kind="log1p")[0]
+    other = store_from_adata(logged, vocabulary, {}, name="mine", matrix_kind="log1p")[0]
     np.testing.assert_allclose(np.expm1(other.matrix.toarray()) * 7, store.matrix.toarray(), rtol=1e-5)
     np.testing.assert_allclose(other.total * 7, store.total, rtol=1e-5)
     assert other.logged.all()
@@ -119,9 +119,9 @@ def test_cells_are_read_into_old_names_of_genes_too():
 def test_genes_of_another_kind_are_refused():
     vocabulary = Vocabulary.build([f"MT-ND{i}" for i in range(1, 7)], {})
     with pytest.raises(GeneError, match="mine: 0 of the model's 6 genes found"):
-        read_cells(some_cells(), vocabulary, {}, name="mine")
+        store_from_adata(some_cells(), vocabulary, {}, name="mine")
     with pytest.warns(CoverageWarning, match="mine: 1 of 4 vocabulary genes"):
-        read_cells(
+        store_from_adata(
             some_cells(), Vocabulary.build(["CD4", "MT-ND1", "MT-ND2", "MT-ND3"], {}), {}, name="mine", min_genes=1
         )
 
@@ -129,7 +129,7 @@ def test_genes_of_another_kind_are_refused():
 def test_some_cells_of_a_store_stay_what_they_are():
     vocabulary = Vocabulary.build(["GNLY", "CD4", "MARCH1"], {Family.FINE: ["T cell"]})
     words = {Family.FINE: np.array(["T cell", "", "T cell"], dtype=object)}
-    store = read_cells(some_cells(), vocabulary, words, name="mine")[0]
+    store = store_from_adata(some_cells(), vocabulary, words, name="mine")[0]
     part = take(store, np.array([2, 0]))
     assert len(part) == 2 and part.studies == ["mine"]
     assert part.matrix.toarray().tolist() == store.matrix.toarray()[[2, 0]].tolist()

@@ -12,9 +12,8 @@ import scipy.io
 import scipy.sparse as sp
 from anndata.io import write_elem
 
-from scmulan.data import readers
 from scmulan.data.build import build
-from scmulan.data.readers import blocks, hash_input, matrix_of, open_study
+from scmulan.data.readers import ConversionBlock, blocks, convert_to_h5ad, hash_input, matrix_of, open_study
 from scmulan.data.spec import StudySpec, read_corpus_spec, read_spec
 from scmulan.data.store import Corpus
 from scmulan.errors import InputError, MatrixError, RecipeError
@@ -89,11 +88,12 @@ WRITERS = {
 
 @pytest.mark.filterwarnings("ignore:zarr v3 autosharding")
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_other_formats_are_read_in_blocks(tmp_path, monkeypatch, made, cells, name):
-    monkeypatch.setattr(readers, "ROWS", 7)
-    monkeypatch.setattr(readers, "ENTRIES", 101)
+def test_other_formats_are_read_in_blocks(tmp_path, made, cells, name):
     x, obs = cells
     WRITERS[name](tmp_path / name, x, obs, made.genes)
+    convert_to_h5ad(tmp_path / name, tmp_path / "converted.h5ad", block=ConversionBlock(cells=7, entries=101))
+    converted = ad.read_h5ad(tmp_path / "converted.h5ad")
+    assert np.array_equal(converted.X.toarray(), x) and converted.obs_names.tolist() == obs.index.tolist()
     obs.to_csv(tmp_path / "cells.csv")
     text = (
         f'genes = 100\n[columns]\ncell_type = "label"\ndonor = "donor"\n[[study]]\nfile = "{name}"\nobs = "cells.csv"\n'
@@ -104,7 +104,7 @@ def test_other_formats_are_read_in_blocks(tmp_path, monkeypatch, made, cells, na
     genes = [made.genes.index(gene) for gene in corpus.vocabulary.genes]
     assert np.array_equal(corpus.rows(np.arange(30)).toarray(), x[:, genes])
     assert corpus.total.tolist() == x.sum(1).tolist()  # proteins are no genes
-    fine = [corpus.vocabulary.tokens[w] if w >= 0 else "" for w in corpus.words(Family.FINE)]
+    fine = [corpus.vocabulary.tokens[w] if w >= 0 else "" for w in corpus.tokens(Family.FINE)]
     assert fine == obs["label"].tolist()
     assert corpus.donors == [(corpus.studies[0], "d1"), (corpus.studies[0], "d2")]
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_named(tmp_path, made, cells):
 
     def refused(name, message):
         with pytest.raises(InputError, match=message):
-            readers.convert_to_h5ad(tmp_path / name, tmp_path / "out.h5ad")
+            convert_to_h5ad(tmp_path / name, tmp_path / "out.h5ad")
         assert not (tmp_path / "out.h5ad").exists() and not list(tmp_path.glob(".tmp*"))
 
     write_mtx(tmp_path / "shuffled", x, obs, made.genes, order=slice(None, None, -1))
@@ -243,7 +243,7 @@ def test_the_hash_of_a_folder_tells_its_files(tmp_path):
 def test_some_cells_of_a_soma_experiment(tmp_path, made, cells):
     x, obs = cells
     write_soma(tmp_path / "soma", x, obs, made.genes)
-    readers.convert_to_h5ad(tmp_path / "soma", tmp_path / "out.h5ad", "label == 'T cell'")
+    convert_to_h5ad(tmp_path / "soma", tmp_path / "out.h5ad", "label == 'T cell'")
     found = ad.read_h5ad(tmp_path / "out.h5ad")
     assert np.array_equal(found.X.toarray(), x[obs["label"] == "T cell"])
     for where, message in (
@@ -251,17 +251,17 @@ def test_some_cells_of_a_soma_experiment(tmp_path, made, cells):
         ("color == 1", "cells where color == 1 cannot be read"),
     ):
         with pytest.raises(InputError, match=message):
-            readers.convert_to_h5ad(tmp_path / "soma", tmp_path / "none.h5ad", where)
+            convert_to_h5ad(tmp_path / "soma", tmp_path / "none.h5ad", where)
     write_mtx(tmp_path / "mtx", x, obs, made.genes)
     with pytest.raises(InputError, match="`where` chooses cells of SOMA experiments only"):
-        readers.convert_to_h5ad(tmp_path / "mtx", tmp_path / "none.h5ad", "label == 'T cell'")
+        convert_to_h5ad(tmp_path / "mtx", tmp_path / "none.h5ad", "label == 'T cell'")
 
 
 def test_a_missing_package_is_named_with_its_extra(files, tmp_path, monkeypatch, made, cells):
     write_soma(tmp_path / "soma", *cells, made.genes)
     monkeypatch.setitem(sys.modules, "tiledbsoma", None)
     with pytest.raises(InputError, match=r"pip install 'scmulan\[soma\]'"):
-        readers.convert_to_h5ad(tmp_path / "soma", tmp_path / "out.h5ad")
+        convert_to_h5ad(tmp_path / "soma", tmp_path / "out.h5ad")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r"pip install 'scmulan\[dask\]'"):
         build(read_corpus_spec(files / "spec.toml"), tmp_path / "out", dask="tcp://127.0.0.1:1")

@@ -6,28 +6,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from scmulan.data.shards import EXACT, HEADER, NotWhole, ShardWriter, content_hashes, decoded, encode, open_arrays
+from scmulan.data.shards import (
+    HEADER,
+    MAX_EXACT_COUNT,
+    FoldedCells,
+    NotWhole,
+    ShardWriter,
+    code_values,
+    content_hashes,
+    encode,
+    open_arrays,
+)
 from scmulan.errors import InputError
 
 
 def back(values, encoding):
     codes, _ = encode(np.asarray(values, dtype=np.float32), encoding)
-    return decoded(encoding)[codes]
+    return code_values(encoding)[codes]
 
 
-@given(st.lists(st.integers(1, EXACT), min_size=1))
+@given(st.lists(st.integers(1, MAX_EXACT_COUNT), min_size=1))
 def test_counts_come_back_as_they_were(values):
     assert back(values, "counts").tolist() == values
 
 
 def test_large_counts_are_kept_to_a_thousandth_and_counted():
-    values = np.array([EXACT, EXACT + 1, 65_535, 65_536, 100_000, 1_234_567, 14_000_000], dtype=np.float32)
+    values = np.array(
+        [MAX_EXACT_COUNT, MAX_EXACT_COUNT + 1, 65_535, 65_536, 100_000, 1_234_567, 14_000_000], dtype=np.float32
+    )
     codes, rounded = encode(values, "counts")
     assert rounded == 6
-    np.testing.assert_allclose(decoded("counts")[codes], values, rtol=6e-4)
-    assert (decoded("counts")[codes] % 1 == 0).all()
+    np.testing.assert_allclose(code_values("counts")[codes], values, rtol=6e-4)
+    assert (code_values("counts")[codes] % 1 == 0).all()
     assert encode(np.array([1e9], np.float32), "counts")[0] == 65_535
-    assert (np.diff(decoded("counts")) > 0).all()
+    assert (np.diff(code_values("counts")) > 0).all()
 
 
 def test_fractions_are_no_counts():
@@ -52,13 +64,9 @@ def write(path, parts=((0, 3), (3, 5))):
     with path.open("wb") as file:
         writer = ShardWriter(file, 5, "counts")
         for a, b in parts:
-            words = slice(ends[a], ends[b])
-            columns = {
-                "total": np.arange(a, b) * 10.0,
-                "donor": np.arange(a, b),
-                "metadata": np.full((b - a, 8), np.arange(a, b)[:, None]),
-            }
-            writer.add(lengths[a:b], gene[words], value[words], **columns)
+            tokens, total = slice(ends[a], ends[b]), np.arange(a, b) * 10.0
+            cells = FoldedCells(lengths[a:b], gene[tokens], value[tokens], total, total)
+            writer.add(cells, donor=np.arange(a, b), metadata=np.full((b - a, 8), np.arange(a, b)[:, None]))
         assert writer.finish({"study": "one"}) == 8
     return gene, value
 
@@ -74,7 +82,7 @@ def test_a_shard_is_a_safetensors_file_whatever_the_blocks_it_came_in(tmp_path):
         assert array.dtype == ours[name].dtype and np.array_equal(array, ours[name]), name
     assert about == {"format": "scmulan-shard/1", "encoding": "counts", "study": "one"}
     assert ours["words"][:, 0].tolist() == gene.tolist()
-    np.testing.assert_allclose(decoded("counts")[ours["words"][:, 1]], value, rtol=1e-3)
+    np.testing.assert_allclose(code_values("counts")[ours["words"][:, 1]], value, rtol=1e-3)
     assert ours["indptr"].tolist() == [0, 2, 2, 5, 6, 8]
     assert ours["total"].tolist() == [0, 10, 20, 30, 40] and ours["metadata"][3].tolist() == [3] * 8
     with pytest.raises(ValueError, match="read-only"):
@@ -82,8 +90,8 @@ def test_a_shard_is_a_safetensors_file_whatever_the_blocks_it_came_in(tmp_path):
 
 
 def test_hashes_tell_contents():
-    words = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [3, 5], [1, 2], [1, 2], [3, 4]], np.uint16)
-    one, two, other, short, crossed = content_hashes(words, np.array([2, 4, 6, 7, 8])).tolist()
+    tokens = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [3, 5], [1, 2], [1, 2], [3, 4]], np.uint16)
+    one, two, other, short, crossed = content_hashes(tokens, np.array([2, 4, 6, 7, 8])).tolist()
     assert one == two and len({one, other, short, crossed}) == 4
 
 

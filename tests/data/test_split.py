@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from scmulan.data.split import split_corpus
+from scmulan.data.split import select_part, split_corpus
 from scmulan.data.store import Corpus
 from scmulan.errors import InputError, RecipeError
 
@@ -18,7 +18,7 @@ def split(corpus_folder, tmp_path):
         (tmp_path / "split.toml").write_text(f'corpus = "{corpus_folder}"\n{text}')
         found = split_corpus(tmp_path / "split.toml", tmp_path / "split.json")
         corpus = Corpus(corpus_folder)
-        parts = {p: corpus.subset(p, tmp_path / "split.json").index for p in ("train", "validation", "test")}
+        parts = {p: select_part(corpus, p, tmp_path / "split.json").index for p in ("train", "validation", "test")}
         assert found["cells"] == {part: len(cells) for part, cells in parts.items()}
         assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(len(corpus)))
         return corpus, parts, found
@@ -67,9 +67,9 @@ def test_a_split_belongs_to_its_corpus(split, corpus_folder, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({**content, "corpus": "0" * 64}))
     for name, message in (("other.json", "a split of another corpus"), ("none.json", "no such file; make a split")):
         with pytest.raises(InputError, match=message):
-            corpus.subset("train", tmp_path / name)
+            select_part(corpus, "train", tmp_path / name)
     with pytest.raises(InputError, match="no part 'training' in a split; expected train, validation, test"):
-        corpus.subset("training", tmp_path / "split.json")
+        select_part(corpus, "training", tmp_path / "split.json")
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,12 @@ def test_a_split_belongs_to_its_corpus(split, corpus_folder, tmp_path):
         ('[donors]\ntest = ["x1"]', "no donor 'x1' in the corpus"),
         ('[studies]\ntest = ["counts"]\nvalidation = ["counts"]', "'counts' is in validation and in test"),
         ("[fractions]\ntest = 1.0", r"\[fractions\] are shares from 0 to 1"),
-        ("[fractions]\nby = 'cell'", "by = 'cell'"),
+        ("[fractions]\ntest = 1.5", "fractions.test = 1.5: expected a number from 0 to 1"),
+        ("[fractions]\nby = 'studdy'", "fractions.by = 'studdy': expected 'donor' or 'study'; did you mean 'study'"),
         ("[parts]\ntest = 1", "unknown setting 'parts'"),
-        ("[studies]\nvalid = []", r"unknown setting 'valid' in \[studies\]"),
+        ("[studies]\nvalid = []", "unknown setting 'studies.valid'; did you mean 'validation'"),
+        ("[studies]\ntest = 'counts'", "studies.test = 'counts': expected a list of which each is a text"),
+        ("seed = 'zero'", "seed = 'zero': expected a whole number"),
         ("seed = ", "not TOML"),
     ],
 )

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from scmulan.data.build import build
 from scmulan.data.memory import build_store, read_studies, take
-from scmulan.data.shards import decoded
+from scmulan.data.shards import code_values
 from scmulan.data.spec import read_corpus_spec
 from scmulan.data.store import CellSource, Corpus, Selection
 from scmulan.errors import InputError
@@ -22,7 +22,7 @@ def test_any_rows_in_any_order(corpus_folder):
     corpus = Corpus(corpus_folder)
     assert isinstance(corpus, CellSource)
     shards = [load_file(corpus_folder / shard["file"]) for shard in corpus.manifest["shards"]]
-    decode = [decoded(shard["encoding"]) for shard in corpus.manifest["shards"]]
+    decode = [code_values(shard["encoding"]) for shard in corpus.manifest["shards"]]
     whole = sp.vstack(
         [
             sp.csr_matrix((d[s["words"][:, 1]], s["words"][:, 0], s["indptr"]), shape=(len(s["total"]), 80))
@@ -64,7 +64,7 @@ def test_some_cells_in_memory_or_as_a_view(corpus_folder):
         assert np.array_equal(part.rows(np.array([2])).toarray(), corpus.rows(np.array([120])).toarray())
         for name in ("lengths", "total", "logged", "study", "metadata"):
             assert np.array_equal(getattr(part, name), getattr(corpus, name)[cells]), name
-        assert np.array_equal(part.words(Family.FINE), corpus.words(Family.FINE)[cells])
+        assert np.array_equal(part.tokens(Family.FINE), corpus.tokens(Family.FINE)[cells])
         assert part.studies == corpus.studies and part.measured is corpus.measured
     assert np.array_equal(take(view, np.array([3, 0])).total, corpus.total[[3, 200]])
 

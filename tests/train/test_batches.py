@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scmulan.data.loader import read_words
 from scmulan.data.memory import build_store, build_vocabulary, read_studies
 from scmulan.data.spec import read_spec
 from scmulan.data.store import Selection
@@ -18,6 +17,7 @@ from scmulan.errors import RecipeError
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.losses import objective_loss
 from scmulan.train.sentence_kernels import downsample
+from scmulan.vocab.binning import tokenize
 from scmulan.vocab.tasks import ANNOTATE, GENERATE, LOCATE, TASKS
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
@@ -295,7 +295,7 @@ def test_a_thinner_cell_has_the_bins_of_its_depth(store, vocabulary):
 
 def test_cells_without_labels_are_never_annotated(store, vocabulary):
     batches = make(store, vocabulary)
-    unlabelled = (store.words(Family.FINE) < 0) & (store.words(Family.COARSE) < 0)
+    unlabelled = (store.tokens(Family.FINE) < 0) & (store.tokens(Family.COARSE) < 0)
     assert unlabelled.any()
     assert not batches.weights["annotate"][unlabelled].any()
     assert (batches.weights["generate"][unlabelled] > 0).all()
@@ -309,7 +309,7 @@ def test_cells_without_labels_are_never_annotated(store, vocabulary):
 def test_rare_types_and_small_studies_get_more_than_their_share(store, vocabulary):
     weights = make(store, vocabulary, study_power=0.0, label_power=0.0).weights["generate"]
     assert weights[store.study == 0].sum() == pytest.approx(0.5)
-    label = np.where(store.words(Family.FINE) >= 0, store.words(Family.FINE), store.words(Family.COARSE))
+    label = np.where(store.tokens(Family.FINE) >= 0, store.tokens(Family.FINE), store.tokens(Family.COARSE))
     for study in (0, 1):
         sums = [weights[(store.study == study) & (label == w)].sum() for w in np.unique(label[store.study == study])]
         assert np.ptp(sums) < 1e-12
@@ -467,7 +467,7 @@ def test_a_task_has_its_share_of_an_epoch(store, vocabulary):
     for step in range(20 * batches.epoch_steps):
         batch = batches.batch(step)
         number[batch.task] += len(batch.cells)
-    labelled = (store.words(Family.FINE) >= 0).mean()
+    labelled = (store.tokens(Family.FINE) >= 0).mean()
     assert number["annotate"] / (20 * len(store)) == pytest.approx(0.3 * labelled, abs=0.04)
 
 
@@ -489,7 +489,7 @@ def test_cells_need_not_be_in_memory(store, vocabulary):
 
 
 def test_organs_can_be_balanced(store, vocabulary):
-    organ = store.words(Family.ORGAN)
+    organ = store.tokens(Family.ORGAN)
     for power, expected in ((0.0, 0.5), (1.0, None)):
         weights = make(store, vocabulary, study_power=1.0, label_power=1.0, organ_power=power).weights["generate"]
         share = weights[organ >= 0].sum()
@@ -531,7 +531,8 @@ def test_little_is_padding(real, order):
 def test_bins_are_those_of_the_tokenizer(store, vocabulary):
     cells = np.arange(len(store))
     batch = make(store, vocabulary).make(GENERATE, cells, np.random.default_rng(0))
-    words = read_words(store, cells)
+    columns = np.arange(store.matrix.shape[1], dtype=np.int32)
+    words = tokenize(store.rows(cells), columns, len(columns), matrix_kind=store.logged, total=store.total)
     genes = vocabulary.ids(Family.GENE)
     row = np.repeat(cells, words.lengths)
     assert np.array_equal(batch.targets.level.numpy()[row, genes[words.gene]], words.level)

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 
 import scmulan
-from scmulan.data.memory import read_cells
+from scmulan.data.memory import store_from_adata
 from scmulan.errors import GeneError, InputError, ModelError, OutputError, RecipeError, ScmulanError, VocabularyError
 from scmulan.model.loading import save_model, verify_hashes
 from scmulan.model.network import Mulan, MulanConfig
@@ -289,7 +289,7 @@ def test_fitted_rows_name_cells_and_nothing_else_moves(tmp_path, cells, objectiv
     words = {Family.FINE: cells.obs["type"].to_numpy(dtype=object)}
     words[Family.FINE][:30] = ""
     vocabulary = model.vocabulary.extend(Family.FINE, KINDS)
-    store = read_cells(cells, vocabulary, words, name="x")[0]
+    store = store_from_adata(cells, vocabulary, words, name="x")[0]
     network = resize_vocabulary(model.network, model.vocabulary, vocabulary, 0)
     before = {n: w.clone() for n, w in network.state_dict().items()}
     plain = score_of(network, store, vocabulary)
@@ -307,7 +307,7 @@ def test_fitted_rows_name_cells_and_nothing_else_moves(tmp_path, cells, objectiv
 def score_of(network, store, vocabulary):
     from scmulan.data.memory import take
 
-    labelled = take(store, np.flatnonzero(store.words(Family.FINE) >= 0))
+    labelled = take(store, np.flatnonzero(store.tokens(Family.FINE) >= 0))
     return score(network, labelled, vocabulary, np.eye(len(vocabulary), dtype=bool))["accuracy"]
 
 
@@ -323,7 +323,7 @@ def test_only_labels_of_the_cells_satisfy_each_other(parent):
     vocabulary = scmulan.load(parent).vocabulary.extend(Family.FINE, ["B cells", "CD8 T", "T lymphocyte"])
     adata = some_cells(40)
     words = {Family.FINE: np.array(["B cells", "CD8 T", "T lymphocyte", ""] * 10, dtype=object)}
-    relations = label_relations_among(read_cells(adata, vocabulary, words, name="x")[0], vocabulary)
+    relations = label_relations_among(store_from_adata(adata, vocabulary, words, name="x")[0], vocabulary)
     b, t8, t, old = (vocabulary.id(Family.FINE, n) for n in ("B cells", "CD8 T", "T lymphocyte", "T cell"))
     assert relations[t, t8] and not relations[t8, t] and not relations[t, old] and not relations[b, t]
     assert relations.diagonal().all() and relations.sum() == len(vocabulary) + 1
@@ -333,7 +333,7 @@ def store_of(parent, labels, donors=None):
     adata = some_cells(len(labels))
     words = {Family.FINE: np.array(labels, dtype=object)}
     vocabulary = scmulan.load(parent).vocabulary.extend(Family.FINE, set(labels) - {""})
-    return read_cells(adata, vocabulary, words, name="x")[0]
+    return store_from_adata(adata, vocabulary, words, name="x")[0]
 
 
 def test_a_share_of_each_label_is_held_out(parent):

@@ -12,7 +12,7 @@ def test_factors_make_the_expected_number_of_genes_that_of_the_cells(vocabulary,
     depth = fit_gene_counts(network, store, vocabulary)
     number = np.diff(store.matrix.indptr)
     genes = vocabulary.ids(Family.GENE)
-    fine = store.words(Family.FINE)
+    fine = store.tokens(Family.FINE)
     # All metadata words that most B cells of the first study have make up their prompt.
     cells = np.flatnonzero((store.study == 0) & (fine == vocabulary.id(Family.FINE, "B cell")))
     words = [w for w in np.unique(store.metadata[cells]) if w >= 0 and (store.metadata[cells] == w).any(1).mean() > 0.5]

@@ -1,15 +1,17 @@
-"""Building a corpus: cells per second, memory and bytes, from h5ad files that are made for it.
+"""Corpus build: cells per second, memory and bytes, from h5ad files that are made for it.
 
-A corpus of any size, made in seconds from some real cells: what loaders are measured on.
+:func:`synthetic_corpus` writes a corpus of any size from some real cells within seconds, for the loader's benchmark.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import re
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,27 +26,28 @@ from anndata.io import sparse_dataset, write_elem
 import scmulan
 from scmulan._io.outputs import atomic_path, sha256
 from scmulan._numba import compiled
-from scmulan.data.build import build, write_manifest, write_table
-from scmulan.data.shards import ShardWriter, fold
+from scmulan._progress import Advance, Progress
+from scmulan.data.build import Shard, build, write_manifest, write_table
+from scmulan.data.shards import FoldedCells, ShardWriter, fold
 from scmulan.data.spec import read_corpus_spec
 from scmulan.data.store import VOCABULARY
 from scmulan.vocab.genes import GeneTable
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
-# Cells of a file, its genes, and the genes that a cell shows: as of a 10x library.
 FILE_CELLS = 125_000
 FILE_GENES = 18_000
-FILE_WORDS = 1000
-GENES = 4000
+FILE_TOKENS = 1000
+"""Genes expressed by the average cell, as in a 10x library."""
+VOCABULARY_GENES = 4000
 
 
 def run(*, quick: bool = False, cells: int | None = None, jobs: int | None = None) -> dict[str, Any]:
-    """Make h5ad files, build a corpus from them with a new vocabulary, and say what that took.
+    """Make h5ad files, and measure the build of a corpus with a new vocabulary from them.
 
     Parameters
     ----------
     quick
-        20,000 cells, if ``cells`` says nothing else.
+        20,000 cells by default.
     cells
         Number of cells; 1,000,000 by default.
     jobs
@@ -63,11 +66,11 @@ def run(*, quick: bool = False, cells: int | None = None, jobs: int | None = Non
     with tempfile.TemporaryDirectory(prefix="scmulan-bench-") as name:
         folder = Path(name)
         studies = _files(folder, cells)
-        text = f"genes = {GENES}\nshard_cells = {min(60_000, -(-cells // (2 * jobs)))}\n"
+        text = f"genes = {VOCABULARY_GENES}\nshard_cells = {min(60_000, -(-cells // (2 * jobs)))}\n"
         text += '[columns]\norgan = "organ"\nfine_type = "type"\ndonor = "donor"\n'
         text += "".join(f'[[study]]\nfile = "{file}"\n' for file in studies)
         (folder / "spec.toml").write_text(text, encoding="utf-8")
-        # A process of its own: what it takes is what the build takes.
+        # A process of its own: its memory is that of the build.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             seconds, peak, size = pool.submit(_build, folder, jobs).result()
         inputs = sum((folder / file).stat().st_size for file in studies)
@@ -84,32 +87,41 @@ def run(*, quick: bool = False, cells: int | None = None, jobs: int | None = Non
     }
 
 
+class _StepTimes(Progress):
+    """Progress that measures the seconds of each step of a build."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def bar(self, total: int, unit: str = "cells") -> Iterator[Advance]:
+        """Measure while the context is open."""
+        start = time.perf_counter()
+        yield lambda finished: None
+        step = {"files surveyed": "look", "cells added up": "genes", "cells written": "write"}[unit]
+        self.seconds[step] = time.perf_counter() - start
+
+
 def _build(folder: Path, jobs: int) -> tuple[dict[str, float], float, int]:
-    """Seconds of each step, MiB of the largest process, bytes of the corpus."""
-    seconds: dict[str, float] = {}
-    last = time.perf_counter()
-
-    def progress(step: str, _: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        seconds[step] = seconds.get(step, 0.0) + now - last
-        last = now
-
+    """Return the seconds of each step, MiB of the largest process, bytes of the corpus."""
+    steps = _StepTimes()
     peaks: dict[int, float] = {}
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(done, peaks))
     watcher.start()
+    start = time.perf_counter()
     try:
-        manifest = build(read_corpus_spec(folder / "spec.toml"), folder / "out", jobs=jobs, progress=progress)
+        manifest = build(read_corpus_spec(folder / "spec.toml"), folder / "out", jobs=jobs, progress=steps)
     finally:
         done.set()
         watcher.join()
-    seconds["finish"] = time.perf_counter() - last
-    return seconds, max(peaks.values()), sum(entry["bytes"] for entry in manifest["files"].values())
+    rest = time.perf_counter() - start - sum(steps.seconds.values())
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    return {**steps.seconds, "finish": rest}, max(peaks.values()), size
 
 
 def _watch(done: threading.Event, peaks: dict[int, float]) -> None:
-    """Note the high-water mark of this process and its workers (``getrusage`` would count that of their parents)."""
+    """Record the peak memory of this process and its workers (``getrusage`` would count that of their parents)."""
     while True:
         for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
             with contextlib.suppress(OSError, TypeError):  # it has just ended
@@ -139,33 +151,33 @@ def _files(folder: Path, cells: int) -> list[str]:
             settings = {"indptr_dtype": np.int64, "chunks": (2**18,)}
             write_elem(file, "X", sp.csr_matrix((0, len(names)), dtype=np.float32), dataset_kwargs=settings)
             stored: Any = sparse_dataset(file["X"])
-            for start in range(0, n, BLOCK):
-                lengths, gene, value = resampled(source, min(BLOCK, n - start), first + start, FILE_WORDS)
-                indptr = np.r_[0, np.cumsum(lengths)]
-                stored.append(sp.csr_matrix((value, gene, indptr), shape=(len(lengths), len(names))))
+            for start in range(0, n, BLOCK_CELLS):
+                drawn = resample(source, min(BLOCK_CELLS, n - start), first + start, FILE_TOKENS)
+                stored.append(drawn.to_csr(len(names)))
         files.append(name)
     return files
 
 
 SYNTHETIC_GENES = 5000
 SHARD_CELLS = 60_000
-BLOCK = 10_000
-# Words that the average cell has.
-WORDS = 600
+BLOCK_CELLS = 10_000
+MEAN_TOKENS = 600
+"""Gene tokens of the average synthetic cell."""
+STUDIES = 8
 TYPES = ("B cell", "T cell", "monocyte", "natural killer cell", "fibroblast", "epithelial cell")
 ORGANS = ("Blood", "Lung", "Breast", "Colon")
 DONORS = 4
 
 
 def real_cells(genes: int = SYNTHETIC_GENES) -> tuple[list[str], sp.csr_matrix]:
-    """Some thousand real cells in the genes that most of them have, or cells drawn from rates where none are at hand.
+    """Read some thousand real cells in the genes that most of them express; draw cells from rates where there are none.
 
     Returns
     -------
     names : list of str
         Approved symbols of the genes.
     cells : scipy.sparse.csr_matrix
-        Counts, float32 ``[cells, genes]``, of 200 words or more each.
+        Counts, float32 ``[cells, genes]``; at least 200 genes per cell.
     """
     root = Path(scmulan.__file__).resolve().parents[2]
     folder = Path(os.environ.get("SCMULAN_SHARED", root.parent / "shared")) / "data" / "train"
@@ -180,20 +192,19 @@ def real_cells(genes: int = SYNTHETIC_GENES) -> tuple[list[str], sp.csr_matrix]:
     for file in files:
         adata = ad.read_h5ad(file)
         if adata.uns["x_is"] == "counts":
+            index = {name: i for i, name in enumerate(table.symbols)}
             symbols = table.resolve(adata.var_names)
-            place = {name: i for i, name in enumerate(table.symbols)}
-            columns = np.array([-1 if s is None else place[s] for s in symbols], dtype=np.int32)
-            block = sp.csr_matrix(adata.X, dtype=np.float32)
-            lengths, gene, value, _, _ = fold(block, columns, len(place), logged=False)
-            indptr = np.r_[0, np.cumsum(lengths)]
-            parts.append(sp.csr_matrix((np.rint(value), gene, indptr), shape=(len(lengths), len(place))))
+            columns = np.array([-1 if s is None else index[s] for s in symbols], dtype=np.int32)
+            part = fold(sp.csr_matrix(adata.X, dtype=np.float32), columns, len(index), logged=False).to_csr(len(index))
+            part.data = np.rint(part.data)
+            parts.append(part)
     cells = sp.csr_matrix(sp.vstack(parts))
-    most = np.sort(np.argsort(-np.diff(cells.tocsc().indptr), kind="stable")[:genes])
-    cells = sp.csr_matrix(cells[:, most])
+    common = np.sort(np.argsort(-np.diff(cells.tocsc().indptr), kind="stable")[:genes])
+    cells = sp.csr_matrix(cells[:, common])
     cells.eliminate_zeros()
     cells = cells[np.diff(cells.indptr) >= 200]
     cells.sort_indices()
-    return [table.symbols[i] for i in most], cells
+    return [table.symbols[i] for i in common], cells
 
 
 @compiled()
@@ -202,7 +213,7 @@ def _resample(indptr, indices, data, wanted, seed, length, gene, value):
     n = 0
     for row in range(len(wanted)):
         one, two = np.random.randint(len(indptr) - 1), np.random.randint(len(indptr) - 1)
-        # Words of two real cells, thinned to the wanted number: genes that occur together, no cell like another.
+        # Tokens of two real cells, thinned to the wanted number: genes that occur together, no cell like another.
         a, b = indptr[one], indptr[two]
         both = indptr[one + 1] - a + indptr[two + 1] - b
         keep = min(wanted[row] / both, 1.0)
@@ -227,15 +238,16 @@ def _resample(indptr, indices, data, wanted, seed, length, gene, value):
     return n
 
 
-def resampled(cells: sp.csr_matrix, number: int, seed: int, words: int = WORDS) -> tuple[np.ndarray, ...]:
-    """Draw cells of about so many words on average: lengths, gene and value, as ragged arrays."""
+def resample(cells: sp.csr_matrix, number: int, seed: int, mean_tokens: int = MEAN_TOKENS) -> FoldedCells:
+    """Draw cells of about ``mean_tokens`` tokens on average."""
     rng = np.random.default_rng(seed)
-    wanted = np.clip(rng.lognormal(np.log(words), 0.45, number), 50, 3 * words)
+    wanted = np.clip(rng.lognormal(np.log(mean_tokens), 0.45, number), 50, 3 * mean_tokens)
     size = number * 2 * int(np.diff(cells.indptr).max())
     gene, value = np.empty(size, np.int32), np.empty(size, np.float32)
-    length = np.zeros(number, np.int64)
-    n = _resample(cells.indptr, cells.indices, cells.data, wanted, seed, length, gene, value)
-    return length, gene[:n], value[:n]
+    lengths = np.zeros(number, np.int64)
+    n = _resample(cells.indptr, cells.indices, cells.data, wanted, seed, lengths, gene, value)
+    total = np.add.reduceat(value[:n], np.r_[0, np.cumsum(lengths)[:-1]])
+    return FoldedCells(lengths, gene[:n], value[:n], total, total)
 
 
 def synthetic_corpus(out: Path, cells: int, *, seed: int = 0) -> Path:
@@ -246,7 +258,7 @@ def synthetic_corpus(out: Path, cells: int, *, seed: int = 0) -> Path:
     out
         Folder to write; replaced if it exists.
     cells
-        Number of cells, of about 600 words on average.
+        Number of cells, of about 600 tokens on average.
     seed
         Of the drawing.
 
@@ -257,38 +269,36 @@ def synthetic_corpus(out: Path, cells: int, *, seed: int = 0) -> Path:
     """
     names, source = real_cells()
     vocabulary = Vocabulary.build(names, {Family.ORGAN: ORGANS, Family.COARSE: TYPES, Family.FINE: TYPES})
-    studies = 8
-    donors = [(f"study {i}", f"donor {j}") for i in range(studies) for j in range(DONORS)]
+    donors = [(f"study {i}", f"donor {j}") for i in range(STUDIES) for j in range(DONORS)]
     with atomic_path(out) as folder:
         (folder / "shards").mkdir(parents=True)
         vocabulary.save(folder / VOCABULARY)
-        shards: list[dict[str, Any]] = []
-        bounds = np.linspace(0, cells, studies + 1).astype(np.int64)
-        for study in range(studies):
-            for first in range(bounds[study], bounds[study + 1], SHARD_CELLS):
-                number = min(SHARD_CELLS, int(bounds[study + 1]) - first)
+        shards: list[Shard] = []
+        bounds = np.linspace(0, cells, STUDIES + 1).astype(np.int64).tolist()
+        for study, (first_cell, end) in enumerate(itertools.pairwise(bounds)):
+            for first in range(first_cell, end, SHARD_CELLS):
                 name = f"shards/{len(shards):05d}.safetensors"
-                record = _write(folder / name, number, source, vocabulary, study, (seed, len(shards)))
-                shards.append({"file": name, "study": study, "first": first - int(bounds[study]), **record})
-        write_table(folder, shards, np.ones((studies, len(names)), bool), None)
-        about = [
-            {"name": f"study {i}", "cells": int(bounds[i + 1] - bounds[i]), "covered": 1.0} for i in range(studies)
+                number = min(SHARD_CELLS, end - first)
+                shard = _write_shard(folder / name, number, source, vocabulary, study, (seed, len(shards)))
+                shards.append({**shard, "file": name, "study": study, "first": first - first_cell})
+        write_table(folder, shards, np.ones((STUDIES, len(names)), bool))
+        studies = [
+            {"name": f"study {i}", "cells": end - first, "covered": 1.0}
+            for i, (first, end) in enumerate(itertools.pairwise(bounds))
         ]
-        write_manifest(folder, shards, {"studies": about, "donors": donors, "settings": {"synthetic": cells}})
+        write_manifest(folder, shards, {"studies": studies, "donors": donors, "settings": {"synthetic": cells}})
     return Path(out)
 
 
-def _write(
+def _write_shard(
     path: Path, cells: int, source: sp.csr_matrix, vocabulary: Vocabulary, study: int, seed: tuple[int, int]
-) -> dict[str, Any]:
+) -> Shard:
     rng = np.random.default_rng((*seed, 1))
     with path.open("wb") as file:
         writer = ShardWriter(file, cells, "counts")
-        for start in range(0, cells, BLOCK):
-            n = min(BLOCK, cells - start)
-            drawn = int(np.random.default_rng((*seed, 2, start)).integers(2**31))
-            lengths, gene, value = resampled(source, n, drawn)
-            total = np.add.reduceat(value, np.r_[0, np.cumsum(lengths)[:-1]])
+        for start in range(0, cells, BLOCK_CELLS):
+            n = min(BLOCK_CELLS, cells - start)
+            drawn = resample(source, n, int(np.random.default_rng((*seed, 2, start)).integers(2**31)))
             metadata = np.full((n, len(METADATA)), -1, np.int32)
             for family in (Family.ORGAN, Family.COARSE, Family.FINE):
                 metadata[:, METADATA.index(family)] = rng.choice(vocabulary.ids(family), n)
@@ -298,13 +308,13 @@ def _write(
                 - vocabulary.ids(Family.FINE)[0]
             )
             donor = DONORS * study + rng.integers(DONORS, size=n)
-            writer.add(lengths, gene, value, total=total, donor=donor, metadata=metadata)
-        words = writer.finish({"study": str(study)})
-    return {
-        "encoding": "counts",
-        "cells": cells,
-        "words": words,
-        "rounded": writer.rounded,
-        "sha256": sha256(path),
-        "bytes": path.stat().st_size,
-    }
+            writer.add(drawn, donor=donor, metadata=metadata)
+        tokens = writer.finish({"study": str(study)})
+    return Shard(
+        encoding="counts",
+        cells=cells,
+        words=tokens,
+        rounded=writer.rounded,
+        sha256=sha256(path),
+        bytes=path.stat().st_size,
+    )

@@ -1,4 +1,4 @@
-"""``scmulan corpus …``: from files of many studies to cells on disk for pre-training."""
+"""``scmulan corpus …``: build, inspect, verify and split cells on disk for pre-training."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,9 @@ import typer
 
 from scmulan.cli import console, options
 
-app = typer.Typer(help="Build, look at, check and split cells for pre-training.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Build, inspect, verify and split a corpus: cells on disk for pre-training.", rich_markup_mode=None
+)
 
 Folder = Annotated[Path, typer.Argument(metavar="CORPUS/", help="Folder of a corpus.", show_default=False)]
 
@@ -31,27 +33,19 @@ def build(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Write cells of many files as one corpus. The same command goes on with a build that was interrupted."""
+    """Write the cells of many files as one corpus. The same command continues a build that was interrupted."""
     from scmulan.data.build import build
     from scmulan.data.inspect import describe, inspect
     from scmulan.data.spec import read_corpus_spec
 
-    plan = read_corpus_spec(spec)
-
-    def progress(step: str, cells: int) -> None:
-        done[step] = done.get(step, 0) + cells
-        what = {"look": "files looked at", "genes": "cells added up", "write": "cells written"}[step]
-        console.log(f"{done[step]:,} {what}")
-
-    done: dict[str, int] = {}
-    build(plan, out, jobs=jobs, dask=dask, force=force, progress=progress)
+    build(read_corpus_spec(spec), out, jobs=jobs, dask=dask, force=force, progress=console.PROGRESS)
     about = inspect(out)
     console.result(about, describe(about), as_json)
 
 
 @app.command()
 def inspect(corpus: Folder, as_json: options.Json = False) -> None:
-    """Say what a corpus holds, and what was lost on the way."""
+    """Describe a corpus: cells, genes and words by study, and what was lost on the way."""
     from scmulan.data.inspect import describe, inspect
 
     about = inspect(corpus)

@@ -1,18 +1,15 @@
-"""Training cells of a few studies, held in memory: what a laptop run needs.
+"""Cells held in memory: what training on a few files, and fine-tuning, need.
 
-Values stay as they were measured (counts, or log1p values where a study has no counts), so that down-sampling, gene
-dropout and binning happen while loading, by the same kernel as everywhere.
+Files become :class:`StudyCells` (harmonised genes, no vocabulary yet); :func:`build_vocabulary` chooses the tokens of a
+new vocabulary; :func:`build_store` brings all cells into it. :func:`store_from_adata` does the same for one AnnData and
+a vocabulary that exists, with genes matched as in annotation.
 
-Cells of one AnnData in the words of a vocabulary that exists, as fine-tuning needs them.
-
-Genes are matched as they are when the model is used, so that a model reads in training what it will read later.
+Values stay as they were measured (counts, or log1p values where a study has no counts): down-sampling, gene dropout and
+binning happen while batches are made.
 """
 
-import contextlib
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 import anndata as ad
@@ -20,12 +17,14 @@ import numpy as np
 import scipy.sparse as sp
 
 from scmulan.data.gene_selection import GeneScores
-from scmulan.data.readers import convert_to_h5ad, find_converter, hash_input, matrix_of, open_study
+from scmulan.data.readers import hash_input, matrix_of, open_study, resolve_columns
 from scmulan.data.spec import StudySpec
 from scmulan.data.store import CellSource
-from scmulan.vocab.genes import GeneMatch, GeneTable, choose_names, match_genes
+from scmulan.vocab.genes import GeneMatch, GeneTable, match_genes
 from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
+
+BLOCK_CELLS = 4096
 
 
 @dataclass
@@ -34,19 +33,19 @@ class StudyCells:
 
     Parameters
     ----------
-    spec
+    spec : StudySpec
         Where they come from.
-    genes
-        Approved symbols of the columns; unresolved genes are not among them.
-    matrix
-        CSR float32 ``[cells, genes]``: counts, or log1p values.
-    total
-        float32 ``[cells]``: the cell's total over all genes of the file (counts, or counts per 10,000).
-    matrix_kind
-        ``"counts"`` or ``"log1p"``.
-    metadata
-        Words of each family per cell; empty where unknown.
-    sha256
+    genes : list of str
+        Approved symbols of the columns, sorted; columns without one are left out.
+    matrix : scipy.sparse.csr_matrix, float32 [cells, genes]
+        Counts, or log1p values.
+    total : numpy.ndarray, float32 [cells]
+        Sum over all columns of the file (counts, or counts per 10,000).
+    matrix_kind : {"counts", "log1p"}
+        What the matrix holds.
+    metadata : dict of Family to numpy.ndarray
+        Name of each family per cell; empty where unknown.
+    sha256 : str
         Hash of the file.
     """
 
@@ -60,52 +59,25 @@ class StudyCells:
 
     @classmethod
     def read(cls, spec: StudySpec, table: GeneTable) -> "StudyCells":
-        """Read one file of any format: choose its matrix, rename its genes, sum duplicates on counts."""
-        with tempfile.TemporaryDirectory(prefix="scmulan-") as scratch, contextlib.ExitStack() as stack:
-            imported = None
-            if find_converter(spec.file) is not None:
-                imported = Path(scratch) / "cells.h5ad"
-                convert_to_h5ad(spec.file, imported, spec.where)
-            adata = stack.enter_context(open_study(spec, imported))
+        """Read one file of any format: choose its matrix, resolve its genes, sum duplicates on counts."""
+        with open_study(spec) as adata:
             chosen = matrix_of(adata, spec)
-            matrix = sp.vstack([chunk for _, chunk in chosen.chunks(4096)], format="csr")
-            metadata = {f: words.to_numpy(dtype=object) for f, words in spec.metadata(adata.obs).items()}
-        if chosen.matrix_kind == "log1p":
-            matrix.data = np.expm1(matrix.data)
-        total = np.asarray(matrix.sum(1)).ravel().astype(np.float32)
-        symbols = table.resolve(choose_names(chosen.var)[0])
-        names = sorted({s for s in symbols if s is not None})
-        place = {name: i for i, name in enumerate(names)}
-        known = [(i, place[s]) for i, s in enumerate(symbols) if s is not None]
-        rows, columns = np.array(known, dtype=np.int64).reshape(-1, 2).T
-        fold = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(symbols), len(names)))
-        matrix = (matrix @ fold).tocsr().astype(np.float32)
-        matrix.sort_indices()
-        if chosen.matrix_kind == "log1p":
-            matrix.data = np.log1p(matrix.data)
-        return cls(spec, names, matrix, total, chosen.matrix_kind, metadata, hash_input(spec.file))
+            genes, columns = resolve_columns(chosen.var, table)
+            matrix, total = _read_genes(chosen, columns, len(genes))
+            metadata = {f: names.to_numpy(dtype=object) for f, names in spec.metadata(adata.obs).items()}
+        return cls(spec, genes, matrix, total, chosen.matrix_kind, metadata, hash_input(spec.file))
 
 
 @dataclass
-class CellStore:
-    """All training cells in the genes of one vocabulary.
+class CellStore(CellSource):
+    """Cells in memory, in the genes of one vocabulary.
 
     Parameters
     ----------
-    matrix
-        CSR float32 ``[cells, vocabulary genes]``: counts, or log1p values where ``logged``.
-    total
-        float32 ``[cells]``: total over all genes of the cell's file.
-    logged
-        Bool ``[cells]``.
-    study
-        int64 ``[cells]``: place in ``studies``; every file counts as a study of its own, as it has its own genes.
-    studies
-        Study names.
-    measured
-        Bool ``[studies, vocabulary genes]``.
-    metadata
-        int32 ``[cells, families]``: word id of each family of ``METADATA``, −1 where unknown.
+    matrix : scipy.sparse.csr_matrix, float32 [cells, vocabulary genes]
+        Counts, or log1p values where ``logged``.
+    total, logged, study, studies, measured, metadata
+        See :class:`scmulan.data.store.CellSource`.
     """
 
     matrix: sp.csr_matrix
@@ -115,87 +87,97 @@ class CellStore:
     studies: list[str]
     measured: np.ndarray
     metadata: np.ndarray
+    lengths: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = np.diff(self.matrix.indptr).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.total)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Vocabulary genes seen in each cell, int64."""
-        return np.diff(self.matrix.indptr).astype(np.int64)
-
     def rows(self, cells: np.ndarray) -> sp.csr_matrix:
-        """Measured values of some cells: CSR float32 ``[cells, vocabulary genes]``."""
+        """Return values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order requested."""
         return self.matrix[cells]
 
-    def words(self, family: Family) -> np.ndarray:
-        """Word id of a family per cell, −1 where unknown."""
-        return self.metadata[:, METADATA.index(family)]
-
     def covered(self) -> float:
-        """Mean share of a cell's total that lies in the vocabulary's genes."""
+        """Return the mean fraction of a cell's total that lies in the vocabulary's genes."""
         amounts = self.matrix.copy()
-        logged = np.repeat(self.logged, np.diff(amounts.indptr))
+        logged = np.repeat(self.logged, self.lengths)
         amounts.data[logged] = np.expm1(amounts.data[logged])
         return float(np.mean(np.asarray(amounts.sum(1)).ravel() / np.maximum(self.total, 1e-9)))
 
 
 def read_studies(specs: Sequence[StudySpec]) -> list[StudyCells]:
-    """Read every file of a spec."""
+    """Read every file of a spec.
+
+    Raises
+    ------
+    InputError, MatrixError
+        If a file cannot be read, or holds no usable expression.
+    """
     table = GeneTable.load()
     return [StudyCells.read(spec, table) for spec in specs]
 
 
 def build_vocabulary(studies: Sequence[StudyCells], genes: int) -> Vocabulary:
-    """Vocabulary of the most variable genes over all studies and of every metadata word that occurs.
+    """Build a vocabulary of the most variable genes over all studies and of every metadata name that occurs.
 
     Parameters
     ----------
-    studies
+    studies : sequence of StudyCells
         Cells to choose from.
-    genes
-        Number of gene words.
+    genes : int
+        Number of gene tokens.
+
+    Returns
+    -------
+    Vocabulary
     """
     scores = GeneScores()
     for study in studies:
         scores.add(study.genes, study.matrix, study.total, study.matrix_kind)
-    words: dict[Family, list[str]] = {}
-    for family in METADATA:
-        found = {w for s in studies for w in s.metadata.get(family, ()) if w}
-        words[family] = sorted(found)
-    return Vocabulary.build(scores.best(genes), words)
+    names = {family: {n for s in studies for n in s.metadata.get(family, ()) if n} for family in METADATA}
+    return Vocabulary.build(scores.best(genes), {family: sorted(found) for family, found in names.items()})
 
 
 def build_store(studies: Sequence[StudyCells], vocabulary: Vocabulary) -> CellStore:
-    """Put all cells into the genes and words of a vocabulary; words it lacks become unknown."""
-    genes = {name: i for i, name in enumerate(vocabulary.genes)}
-    matrices, metadata = [], []
-    measured = np.zeros((len(studies), len(genes)), dtype=bool)
-    for i, s in enumerate(studies):
-        column = np.array([genes.get(g, -1) for g in s.genes], dtype=np.int64)
-        inside = np.flatnonzero(column >= 0)
-        pick = sp.csr_matrix(
-            (np.ones(len(inside), np.float32), (inside, column[inside])), shape=(len(column), len(genes))
-        )
-        part = (s.matrix @ pick).tocsr()
-        part.sort_indices()
-        matrices.append(part)
-        measured[i, column[inside]] = True
-        codes = np.full((len(s.total), len(METADATA)), -1, dtype=np.int32)
-        for j, family in enumerate(METADATA):
-            for word in set(s.metadata.get(family, ())) - {""}:
-                found = vocabulary.find(family, word)
-                codes[s.metadata[family] == word, j] = -1 if found is None else found
-        metadata.append(codes)
-    matrix = sp.vstack(matrices, format="csr").astype(np.float32)
-    study = np.repeat(np.arange(len(studies)), [len(s.total) for s in studies])
-    logged = np.concatenate([np.full(len(s.total), s.matrix_kind == "log1p") for s in studies])
-    total = np.concatenate([s.total for s in studies])
-    names = [s.spec.name for s in studies]
-    return CellStore(matrix, total, logged, study, names, measured, np.concatenate(metadata))
+    """Bring all cells into the tokens of a vocabulary; metadata names that it lacks become unknown.
+
+    Parameters
+    ----------
+    studies : sequence of StudyCells
+        Cells, file by file.
+    vocabulary : Vocabulary
+        Its genes become the columns.
+
+    Returns
+    -------
+    CellStore
+        Cells in the order of ``studies``.
+    """
+    index = {name: i for i, name in enumerate(vocabulary.genes)}
+    n_genes = len(index)
+    matrices = []
+    measured = np.zeros((len(studies), n_genes), dtype=bool)
+    for i, study in enumerate(studies):
+        columns = np.array([index.get(gene, -1) for gene in study.genes], dtype=np.int64)
+        measured[i, columns[columns >= 0]] = True
+        matrix = (study.matrix @ _column_map(columns, n_genes)).tocsr()
+        matrix.sort_indices()
+        matrices.append(matrix)
+    cells = [len(study.total) for study in studies]
+    return CellStore(
+        matrix=sp.vstack(matrices, format="csr").astype(np.float32),
+        total=np.concatenate([study.total for study in studies]),
+        logged=np.repeat([study.matrix_kind == "log1p" for study in studies], cells),
+        study=np.repeat(np.arange(len(studies)), cells),
+        studies=[study.spec.name for study in studies],
+        measured=measured,
+        metadata=np.concatenate([token_ids(n, vocabulary, s.metadata) for n, s in zip(cells, studies, strict=True)]),
+    )
 
 
-def read_cells(
+def store_from_adata(
     adata: ad.AnnData,
     vocabulary: Vocabulary,
     metadata: Mapping[Family, np.ndarray],
@@ -209,80 +191,115 @@ def read_cells(
 
     Parameters
     ----------
-    adata
+    adata : AnnData
         Cells × genes, in memory or backed.
-    vocabulary
-        Words; its genes are looked for as in annotation (symbols, aliases, Ensembl ids; duplicates summed on counts).
-    metadata
-        Words of each family, one string per cell; empty, or not in the vocabulary: unknown.
-    name
+    vocabulary : Vocabulary
+        Its genes are matched as in annotation (symbols, aliases, Ensembl ids; duplicates summed on counts), so that a
+        model is trained on what it will read later.
+    metadata : mapping of Family to numpy.ndarray
+        Name of each family per cell; names that are empty, or not in the vocabulary, are unknown.
+    name : str
         Name of the study.
-    layer, matrix_kind
-        Which matrix, and what it holds; found by looking unless given.
-    min_genes
-        Fewest genes of the vocabulary that the input must have.
+    layer, matrix_kind : optional
+        Which matrix, and what it holds; detected by default.
+    min_genes : int
+        Smallest number of vocabulary genes that the input must have.
 
     Returns
     -------
-    tuple
-        The cells, the matrix that was chosen, and the account of its genes.
+    store : CellStore
+        The cells.
+    matrix : ExpressionMatrix
+        The matrix that was chosen.
+    match : GeneMatch
+        Which genes were found.
 
     Raises
     ------
-    MatrixError, GeneError
-        If no matrix holds usable expression, or too few genes are known.
+    MatrixError
+        If no matrix holds usable expression.
+    GeneError
+        If too few genes are known.
     """
     chosen = choose_matrix(adata, layer=layer, matrix_kind=matrix_kind)
-    genes = len(vocabulary.genes)
+    n_genes = len(vocabulary.genes)
     match = match_genes(chosen.var, vocabulary.genes, minimum=min_genes, source=name)
-    inside = np.flatnonzero(match.columns >= 0)
-    ones = np.ones(len(inside), dtype=np.float32)
-    fold = sp.csr_matrix((ones, (inside, match.columns[inside])), shape=(chosen.n_genes, genes))
-    logged = chosen.matrix_kind == "log1p"
-    blocks, totals = [], []
-    for _, block in chosen.chunks(4096):
-        if logged:
-            block.data = np.expm1(block.data)
-        totals.append(np.asarray(block.sum(1)).ravel())
-        part = (block @ fold).tocsr()
-        part.sort_indices()
-        if logged:
-            part.data = np.log1p(part.data)
-        blocks.append(part)
-    measured = np.zeros((1, genes), dtype=bool)
-    measured[0, match.columns[inside]] = True
+    matrix, total = _read_genes(chosen, match.columns, n_genes)
+    measured = np.zeros((1, n_genes), dtype=bool)
+    measured[0, match.columns[match.columns >= 0]] = True
     store = CellStore(
-        matrix=sp.vstack(blocks, format="csr").astype(np.float32),
-        total=np.concatenate(totals).astype(np.float32),
-        logged=np.full(adata.n_obs, logged),
+        matrix=matrix,
+        total=total,
+        logged=np.full(adata.n_obs, chosen.matrix_kind == "log1p"),
         study=np.zeros(adata.n_obs, dtype=np.int64),
         studies=[name],
         measured=measured,
-        metadata=word_codes(adata.n_obs, vocabulary, metadata),
+        metadata=token_ids(adata.n_obs, vocabulary, metadata),
     )
     return store, chosen, match
 
 
-def word_codes(cells: int, vocabulary: Vocabulary, metadata: Mapping[Family, np.ndarray]) -> np.ndarray:
-    """Word id of each family per cell, int32 ``[cells, families]``; −1 where unknown or not in the vocabulary."""
-    codes = np.full((cells, len(METADATA)), -1, dtype=np.int32)
-    for column, family in enumerate(METADATA):
-        for word in set(metadata.get(family, ())) - {""}:
-            found = vocabulary.find(family, word)
-            if found is not None:
-                codes[metadata[family] == word, column] = found
-    return codes
-
-
-def take(store: CellSource, rows: np.ndarray) -> CellStore:
-    """Some cells of others, held in memory (int64 rows)."""
-    rows = np.asarray(rows)
+def take(source: CellSource, cells: np.ndarray) -> CellStore:
+    """Copy some cells of a source into memory, in the order of ``cells`` (int64 indices)."""
+    cells = np.asarray(cells)
     return CellStore(
-        matrix=store.rows(rows),
-        total=store.total[rows],
-        logged=store.logged[rows],
-        study=store.study[rows],
-        studies=store.studies,
-        measured=store.measured,
-        metadata=store.metadata[rows],
+        matrix=source.rows(cells),
+        total=source.total[cells],
+        logged=source.logged[cells],
+        study=source.study[cells],
+        studies=source.studies,
+        measured=source.measured,
+        metadata=source.metadata[cells],
     )
+
+
+def token_ids(cells: int, vocabulary: Vocabulary, metadata: Mapping[Family, np.ndarray]) -> np.ndarray:
+    """Look up metadata names: int32 ``[cells, families]``, −1 where a name is empty or not in the vocabulary."""
+    ids = np.full((cells, len(METADATA)), -1, dtype=np.int32)
+    for column, family in enumerate(METADATA):
+        for name in set(metadata.get(family, ())) - {""}:
+            found = vocabulary.find(family, name)
+            if found is not None:
+                ids[metadata[family] == name, column] = found
+    return ids
+
+
+def _read_genes(matrix: ExpressionMatrix, columns: np.ndarray, n_genes: int) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Read all cells; columns of one gene are summed on counts.
+
+    Parameters
+    ----------
+    matrix
+        Matrix to read.
+    columns
+        int ``[columns]``: index of each column's gene, or −1.
+    n_genes
+        Number of genes.
+
+    Returns
+    -------
+    matrix : scipy.sparse.csr_matrix, float32 [cells, genes]
+        Values of the kind of the input.
+    total : numpy.ndarray, float32 [cells]
+        Sum over all columns, of counts or counts per 10,000.
+    """
+    logged = matrix.matrix_kind == "log1p"
+    to_genes = _column_map(columns, n_genes)
+    blocks, totals = [], []
+    for _, block in matrix.chunks(BLOCK_CELLS):
+        if logged:
+            block.data = np.expm1(block.data)
+        totals.append(np.asarray(block.sum(1)).ravel())
+        genes = (block @ to_genes).tocsr()
+        genes.sort_indices()
+        if logged:
+            genes.data = np.log1p(genes.data)
+        blocks.append(genes)
+    return sp.vstack(blocks, format="csr").astype(np.float32), np.concatenate(totals).astype(np.float32)
+
+
+def _column_map(columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
+    """Return the 0/1 matrix ``[columns, genes]`` that adds columns up to genes."""
+    inside = np.flatnonzero(columns >= 0)
+    ones = np.ones(len(inside), dtype=np.float32)
+    return sp.csr_matrix((ones, (inside, columns[inside])), shape=(len(columns), n_genes))

@@ -1,22 +1,19 @@
 """Open the cells of a study wherever they are, and read them in blocks of bounded size.
 
-h5ad files and zarr folders of AnnData are read as they lie. Everything else is turned, block by block, into an h5ad
-file beside the corpus that is being built, and read from there (:mod:`scmulan.data.readers`).
-
-Cells in other formats than AnnData, turned into an h5ad file block by block.
-
-10x Genomics output (h5, or a folder with ``matrix.mtx``), SOMA experiments (so also the CELLxGENE Census; with the
-extra ``soma``), and collections of annbatch, whose parts are zarr folders of AnnData.
+h5ad files and zarr folders of AnnData are read as they are. 10x Genomics output (h5, or a folder with ``matrix.mtx``),
+SOMA experiments (so also the CELLxGENE Census; needs the extra ``soma``) and collections of annbatch are converted,
+block by block, to an h5ad file that is read in their stead.
 """
 
 import gzip
 import hashlib
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import anndata as ad
 import h5py
@@ -30,46 +27,67 @@ from scmulan._io.adata import open_input
 from scmulan._io.outputs import atomic_path, sha256
 from scmulan.data.spec import StudySpec
 from scmulan.errors import InputError, MatrixError
+from scmulan.vocab.genes import GeneTable, choose_names
 from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
 from scmulan.vocab.storage import read_rows, row_chunks
 
-# A block holds at most so many values even where it is dense: 32 MiB as float32.
 BLOCK_VALUES = 2**23
+"""Largest number of values of a block if it were dense: 32 MiB as float32."""
+
+
+class ConversionBlock(NamedTuple):
+    """Size of the blocks in which other formats are converted."""
+
+    cells: int = 4096
+    """Number of cells."""
+    entries: int = 4_000_000
+    """Number of lines of a text file (MatrixMarket)."""
+
+
+CONVERSION_BLOCK = ConversionBlock()
 
 
 @contextmanager
-def open_study(spec: StudySpec, imported: Path | None = None) -> Iterator[ad.AnnData]:
+def open_study(spec: StudySpec, converted: Path | None = None) -> Iterator[ad.AnnData]:
     """Open the cells of a study, with their matrices on disk.
 
     Parameters
     ----------
-    spec
+    spec : StudySpec
         Where they are.
-    imported
-        The h5ad file that was made from it, where it is of another kind.
+    converted : Path, optional
+        The h5ad file that was made from the study's file, if that is no AnnData; by default a temporary one is made.
+
+    Yields
+    ------
+    AnnData
+        Backed; its ``obs`` has the columns of the study's table of cells, too.
 
     Raises
     ------
     InputError
-        If the file cannot be read.
+        If the file or the table cannot be read.
     """
-    with warnings.catch_warnings():
-        # A corpus does not keep the names of cells.
-        warnings.filterwarnings("ignore", message=".*names of cells repeat", category=UserWarning)
-        adata = open_input(imported or spec.file, backed=True)
-    try:
-        if spec.obs is not None:
-            adata.obs = _joined(adata.obs, spec.obs)
-        yield adata
-    finally:
+    with ExitStack() as stack:
+        if converted is None and find_converter(spec.file) is not None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="scmulan-"))
+            converted = Path(scratch) / "cells.h5ad"
+            convert_to_h5ad(spec.file, converted, spec.where)
+        with warnings.catch_warnings():
+            # A corpus does not keep the names of cells.
+            warnings.filterwarnings("ignore", message=".*names of cells repeat", category=UserWarning)
+            adata = open_input(converted or spec.file, backed=True)
         if adata.isbacked:
-            adata.file.close()
+            stack.callback(adata.file.close)
+        if spec.obs is not None:
+            adata.obs = _join_table(adata.obs, spec.obs)
+        yield adata
 
 
-def _joined(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Columns of a table, for the cells of another; a cell that the table lacks keeps what it had.
+def _join_table(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Join the columns of a CSV or TSV file; a cell that the file lacks keeps what it had.
 
-    Its first column has the names of the cells, or is called ``row`` and counts them from 0 in the order of the data.
+    The first column of the file has the names of the cells, or is called ``row`` and has their index, from 0.
     """
     separator = "\t" if ".tsv" in path.name.lower() else ","
     table = pd.read_csv(path, sep=separator, index_col=0, dtype=str, keep_default_na=False)
@@ -93,12 +111,12 @@ def _joined(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def matrix_of(adata: ad.AnnData, spec: StudySpec) -> ExpressionMatrix:
-    """Choose the matrix of a study, as its spec says or by looking.
+    """Choose the matrix of a study: the one that its spec names, or the one that is detected.
 
     Raises
     ------
     MatrixError
-        If none holds usable expression; names the file.
+        If none holds usable expression; the message names the file.
     """
     try:
         return choose_matrix(adata, layer=spec.layer, matrix_kind=spec.matrix_kind)
@@ -106,9 +124,30 @@ def matrix_of(adata: ad.AnnData, spec: StudySpec) -> ExpressionMatrix:
         raise MatrixError(f"{spec.file}: {error}") from None
 
 
+def resolve_columns(var: pd.DataFrame, table: GeneTable) -> tuple[list[str], np.ndarray]:
+    """Resolve the genes of a file without a vocabulary.
+
+    Returns
+    -------
+    genes : list of str
+        Approved symbols that occur, sorted.
+    columns : numpy.ndarray
+        int32, one per row of ``var``: index of its gene, or −1 where the name is unknown.
+    """
+    symbols = table.resolve(choose_names(var)[0])
+    genes = sorted({symbol for symbol in symbols if symbol is not None})
+    index = {gene: i for i, gene in enumerate(genes)}
+    return genes, np.array([-1 if s is None else index[s] for s in symbols], dtype=np.int32)
+
+
+def stored_by_column(matrix: ExpressionMatrix) -> bool:
+    """Return whether reading some cells means reading the whole matrix (CSC)."""
+    return isinstance(matrix._values, CSCDataset)
+
+
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """Some consecutive rows of a matrix on disk, as if they were all of it."""
+class _RowRange:
+    """Consecutive rows of a matrix on disk, sliced from 0."""
 
     values: Any
     first: int
@@ -118,11 +157,6 @@ class _Window:
         return read_rows(self.values, slice(self.first + rows.start, self.first + rows.stop))
 
 
-def stored_by_column(matrix: ExpressionMatrix) -> bool:
-    """Whether reading some of its cells means reading the whole matrix."""
-    return isinstance(matrix._values, CSCDataset)
-
-
 def blocks(
     matrix: ExpressionMatrix, first: int, last: int, *, values: int = BLOCK_VALUES
 ) -> Iterator[tuple[int, sp.csr_matrix]]:
@@ -130,27 +164,29 @@ def blocks(
 
     Parameters
     ----------
-    matrix
-        What to read; if it is stored by column, all its cells (0 to the last).
-    first, last
-        Rows to read.
-    values
-        Largest number of values of a block, were it dense.
+    matrix : ExpressionMatrix
+        Matrix to read; if it is stored by column, all its cells have to be read at once.
+    first, last : int
+        Range of rows, ``last`` excluded.
+    values : int
+        Largest number of values of a block, were it dense; a block has 16 to 4,096 cells.
 
     Yields
     ------
-    tuple of int and scipy.sparse.csr_matrix
-        Row of the matrix that the block begins with, and its values, see :meth:`ExpressionMatrix.chunks`.
+    row : int
+        First row of the block.
+    block : scipy.sparse.csr_matrix
+        Its values, see :meth:`ExpressionMatrix.chunks`.
     """
     if (first, last) != (0, matrix.n_cells):
-        window = _Window(matrix._values, first, (last - first, matrix.n_genes))
+        window = _RowRange(matrix._values, first, (last - first, matrix.n_genes))
         matrix = replace(matrix, n_cells=last - first, _values=window, _cells=matrix._cells[first:last])
     for rows, block in matrix.chunks(int(np.clip(values // matrix.n_genes, 16, 4096))):
         yield first + rows.start, block
 
 
 def hash_input(path: Path) -> str:
-    """sha256 of a file; of a folder, that of the list of its files and their hashes."""
+    """Compute the sha256 of a file; of a folder, that of the list of its files and their hashes."""
     if path.is_file():
         return sha256(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -159,27 +195,29 @@ def hash_input(path: Path) -> str:
 
 
 def stamp(path: Path) -> list[int]:
-    """Bytes and time of the last change of a file, or of the files of a folder together."""
+    """Return bytes and time of the last change (ns) of a file, or of the files of a folder together."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     stats = [file.stat() for file in files]
     return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
-ENTRIES = 4_000_000
-ROWS = 4096
+# -- other formats ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Cells of another format: the tables of cells and genes, and the matrix in blocks of cells."""
+    """Cells of another format: tables of cells and genes, and the matrix in blocks (CSR float32) of cells."""
 
     obs: pd.DataFrame
     var: pd.DataFrame
     blocks: Iterator[sp.csr_matrix]
 
 
-def find_converter(path: Path) -> Callable[[Path, str], Source] | None:
-    """What can open a path that is no AnnData; None for AnnData, and for what nobody knows."""
+Opener = Callable[[Path, str, ConversionBlock], Source]
+
+
+def find_converter(path: Path) -> Opener | None:
+    """Return the function that opens a path of another format; None for AnnData, and for unknown formats."""
     if path.is_dir():
         if _matrix_market(path) is not None:
             return open_mtx
@@ -194,29 +232,31 @@ def find_converter(path: Path) -> Callable[[Path, str], Source] | None:
     return None
 
 
-def convert_to_h5ad(path: Path, target: Path, where: str = "") -> None:
+def convert_to_h5ad(path: Path, target: Path, where: str = "", *, block: ConversionBlock = CONVERSION_BLOCK) -> None:
     """Write the cells of another format as an h5ad file with a CSR matrix, holding a block at a time.
 
     Parameters
     ----------
-    path
-        Where they are.
-    target
+    path : Path
+        File or folder to read.
+    target : Path
         File to write.
-    where
-        Which cells, of a SOMA experiment: ``"tissue_general == 'lung' and is_primary_data == True"``.
+    where : str
+        Which cells of a SOMA experiment: ``"tissue_general == 'lung' and is_primary_data == True"``.
+    block : ConversionBlock
+        Size of a block.
 
     Raises
     ------
     InputError
-        If they cannot be read.
+        If the cells cannot be read.
     """
     opener = find_converter(path)
     assert opener is not None
     if where and opener is not open_soma:
         raise InputError(f"{path}: `where` chooses cells of SOMA experiments only; leave it out")
     try:
-        source = opener(path, where)
+        source = opener(path, where, block)
         with atomic_path(target) as temporary:
             ad.AnnData(obs=source.obs, var=source.var).write_h5ad(temporary)
             with h5py.File(temporary, "r+") as file:
@@ -224,8 +264,8 @@ def convert_to_h5ad(path: Path, target: Path, where: str = "") -> None:
                 # Later blocks may bring more values than 32 bits count.
                 write_elem(file, "X", empty, dataset_kwargs={"indptr_dtype": np.int64, "chunks": (2**18,)})
                 stored = cast("Any", sparse_dataset(file["X"]))
-                for block in source.blocks:
-                    stored.append(block)
+                for cells in source.blocks:
+                    stored.append(cells)
     except (OSError, KeyError, ValueError, EOFError) as error:
         if isinstance(error, InputError):
             raise
@@ -235,7 +275,7 @@ def convert_to_h5ad(path: Path, target: Path, where: str = "") -> None:
 # -- 10x Genomics ---------------------------------------------------------------------------------------------------
 
 
-def open_10x_h5(path: Path, _: str = "") -> Source:
+def open_10x_h5(path: Path, where: str, block: ConversionBlock) -> Source:
     """Open ``filtered_feature_bc_matrix.h5`` (version 3) or the file of one genome (version 2)."""
     file = h5py.File(path, "r")
     group = file["matrix"] if "matrix" in file else file[next(iter(file))] if len(file) == 1 else None
@@ -254,29 +294,29 @@ def open_10x_h5(path: Path, _: str = "") -> Source:
     def blocks() -> Iterator[sp.csr_matrix]:
         with file:
             indptr = group["indptr"][:]
-            for first in range(0, len(obs), ROWS):
-                ends = indptr[first : first + ROWS + 1]
+            for first in range(0, len(obs), block.cells):
+                ends = indptr[first : first + block.cells + 1]
                 part = slice(ends[0], ends[-1])
                 shape = (len(ends) - 1, len(var))
-                block = sp.csr_matrix((group["data"][part], group["indices"][part], ends - ends[0]), shape=shape)
-                yield _genes_only(block, genes)
+                cells = sp.csr_matrix((group["data"][part], group["indices"][part], ends - ends[0]), shape=shape)
+                yield _select_genes(cells, genes)
 
     return Source(obs, var.iloc[genes], blocks())
 
 
-def _genes_only(block: sp.csr_matrix, genes: np.ndarray) -> sp.csr_matrix:
-    """Leave out antibodies and guides, and bring values to float32."""
-    block = block if len(genes) == block.shape[1] else block[:, genes]
-    block = sp.csr_matrix(block, dtype=np.float32)
-    block.sort_indices()
-    return block
+def _select_genes(cells: sp.csr_matrix, genes: np.ndarray) -> sp.csr_matrix:
+    """Leave out antibodies and guides, and convert values to float32."""
+    cells = cells if len(genes) == cells.shape[1] else cells[:, genes]
+    cells = sp.csr_matrix(cells, dtype=np.float32)
+    cells.sort_indices()
+    return cells
 
 
 def _matrix_market(path: Path) -> Path | None:
     return next((path / name for name in ("matrix.mtx.gz", "matrix.mtx") if (path / name).is_file()), None)
 
 
-def open_mtx(path: Path, _: str = "") -> Source:
+def open_mtx(path: Path, where: str, block: ConversionBlock) -> Source:
     """Open a folder with ``matrix.mtx``, ``barcodes.tsv`` and ``features.tsv`` (or ``genes.tsv``), gzipped or not."""
     matrix = _matrix_market(path)
     assert matrix is not None
@@ -298,30 +338,31 @@ def open_mtx(path: Path, _: str = "") -> Source:
             f"{matrix}: {shape[0]:,} × {shape[1]:,}, but {len(features):,} features and {len(barcodes):,} barcodes "
             "beside it; expected features × barcodes, as 10x Genomics writes them"
         )
-    return Source(obs, var.iloc[genes], _mtx_blocks(matrix, skip, shape, genes))
+    return Source(obs, var.iloc[genes], _mtx_blocks(matrix, skip, shape, genes, block.entries))
 
 
-def _mtx_blocks(path: Path, skip: int, shape: tuple[int, ...], genes: np.ndarray) -> Iterator[sp.csr_matrix]:
+def _mtx_blocks(
+    path: Path, skip: int, shape: tuple[int, ...], genes: np.ndarray, entries: int
+) -> Iterator[sp.csr_matrix]:
     """Read entries that are in the order of cells; a block is as many whole cells as a piece of the text has."""
-    done, held = 0, pd.DataFrame({0: [], 1: [], 2: []}, dtype=np.float64)
-    reader = pd.read_csv(path, sep=r"\s+", header=None, skiprows=skip, chunksize=ENTRIES)
+    done, pending = 0, pd.DataFrame({0: [], 1: [], 2: []}, dtype=np.float64)
 
-    def block(entries: pd.DataFrame, last: int) -> sp.csr_matrix:
+    def whole_cells(entries: pd.DataFrame, last: int) -> sp.csr_matrix:
         cell = entries[1].to_numpy(np.int64) - 1
         if len(cell) and (cell[0] < done or np.any(np.diff(cell) < 0)):
             raise InputError(f"{path}: entries are not in the order of cells; read it with scanpy and write it as h5ad")
         indptr = np.searchsorted(cell, np.arange(done, last + 1))
         values = entries[2].to_numpy(np.float32), entries[0].to_numpy(np.int64) - 1, indptr
-        return _genes_only(sp.csr_matrix(values, shape=(last - done, shape[0])), genes)
+        return _select_genes(sp.csr_matrix(values, shape=(last - done, shape[0])), genes)
 
-    for piece in reader:
-        held = pd.concat([held, piece]) if len(held) else piece
-        last = int(held[1].iloc[-1]) - 1  # more of this cell may follow
+    for piece in pd.read_csv(path, sep=r"\s+", header=None, skiprows=skip, chunksize=entries):
+        pending = pd.concat([pending, piece]) if len(pending) else piece
+        last = int(pending[1].iloc[-1]) - 1  # more of this cell may follow
         if last > done:
-            whole = held[1] <= last
-            yield block(held[whole], last)
-            done, held = last, held[~whole]
-    yield block(held, shape[1])
+            complete = pending[1] <= last
+            yield whole_cells(pending[complete], last)
+            done, pending = last, pending[~complete]
+    yield whole_cells(pending, shape[1])
 
 
 def _table(path: Path, *names: str) -> pd.DataFrame:
@@ -339,8 +380,8 @@ def _text(path: Path) -> Any:
 # -- collections ----------------------------------------------------------------------------------------------------
 
 
-def open_soma(path: Path, where: str = "") -> Source:
-    """Open an experiment of TileDB-SOMA, such as an organism of the CELLxGENE Census: its RNA, the raw layer first."""
+def open_soma(path: Path, where: str, block: ConversionBlock) -> Source:
+    """Open an experiment of TileDB-SOMA, such as an organism of the CELLxGENE Census: its RNA, best the raw layer."""
     try:
         import tiledbsoma
     except ImportError:
@@ -362,20 +403,20 @@ def open_soma(path: Path, where: str = "") -> Source:
         names = table[column] if column in table else table.index
         table.index = pd.Index(names.astype(str), dtype=object, name=None)
 
-    def rows() -> Iterator[sp.csr_matrix]:
+    def blocks() -> Iterator[sp.csr_matrix]:
         with experiment:
-            for first in range(0, len(cells), ROWS):
-                wanted = cells[first : first + ROWS]
+            for first in range(0, len(cells), block.cells):
+                wanted = cells[first : first + block.cells]
                 parts = list(rna.X[layer].read((wanted, genes)).tables())
                 cell = np.concatenate([part["soma_dim_0"].to_numpy() for part in parts])
                 gene = np.concatenate([part["soma_dim_1"].to_numpy() for part in parts])
                 value = np.concatenate([part["soma_data"].to_numpy() for part in parts])
-                places = np.searchsorted(wanted, cell), np.searchsorted(genes, gene)
-                block = sp.csr_matrix((value, places), shape=(len(wanted), len(genes)), dtype=np.float32)
-                block.sort_indices()
-                yield block
+                entries = np.searchsorted(wanted, cell), np.searchsorted(genes, gene)
+                rows = sp.csr_matrix((value, entries), shape=(len(wanted), len(genes)), dtype=np.float32)
+                rows.sort_indices()
+                yield rows
 
-    return Source(obs, var, rows())
+    return Source(obs, var, blocks())
 
 
 def _zarr_kind(path: Path) -> str:
@@ -386,7 +427,7 @@ def _zarr_kind(path: Path) -> str:
     return str(zarr.open_group(path, mode="r").attrs.get("encoding-type", ""))
 
 
-def open_annbatch(path: Path, _: str = "") -> Source:
+def open_annbatch(path: Path, where: str, block: ConversionBlock) -> Source:
     """Open a collection of annbatch: its datasets are zarr folders of AnnData with the same genes."""
     folders = sorted(path.glob("dataset_*"), key=lambda folder: (len(folder.name), folder.name))
     if not folders:
@@ -395,11 +436,11 @@ def open_annbatch(path: Path, _: str = "") -> Source:
     if not all(part.var_names.equals(parts[0].var_names) for part in parts):
         raise InputError(f"{path}: its datasets differ in genes; name each as a study (file = '{path.name}/dataset_0')")
 
-    def rows() -> Iterator[sp.csr_matrix]:
+    def blocks() -> Iterator[sp.csr_matrix]:
         for part in parts:
-            for _, block in row_chunks(part.X, ROWS):
-                yield sp.csr_matrix(block, dtype=np.float32)
+            for _, rows in row_chunks(part.X, block.cells):
+                yield sp.csr_matrix(rows, dtype=np.float32)
 
     obs = pd.concat([part.obs for part in parts])
     obs.index = obs.index.astype(str)
-    return Source(obs, parts[0].var, rows())
+    return Source(obs, parts[0].var, blocks())

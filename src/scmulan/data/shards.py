@@ -1,19 +1,17 @@
-"""The format of a shard, and writing and reading one.
+"""The format of a shard: write one, map one, and the compiled passes over its cells.
 
-A shard is a safetensors file with cells of one study, memory-mapped where it is read. Its ``words`` are pairs of uint16
-(place of the gene among the vocabulary's genes, value), so that a cell lies in one piece; what a value stands for is
-the shard's encoding:
+A shard is a safetensors file with cells of one study, memory-mapped where it is read. Its array ``words`` has the gene
+tokens as pairs of uint16 (index of the gene in the vocabulary, code of the value), so that a cell lies in one piece.
+What a code stands for is the shard's encoding:
 
 ``counts``
     Whole counts: exact up to 60,000, in steps of 0.1 % above (reads of one gene pass 65,535 in full-length protocols).
 ``amounts``
-    Fractional counts, CPM, TPM: log1p of the amount as float16, given back as amounts.
+    Fractional counts, CPM, TPM: log1p of the amount as float16, decoded to amounts.
 ``log1p``
     Log1p values of a study that has no counts, as float16.
 
-Bins are not stored: they follow from values and total while loading, and another rule needs no new corpus.
-
-Compiled passes over cells: fold genes, gather rows of a shard, hash contents, moments of genes.
+Bins are not stored: they follow from values and total while batches are made, and another rule needs no new corpus.
 """
 
 import functools
@@ -21,7 +19,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -32,11 +30,11 @@ from scmulan.vocab.vocabulary import METADATA
 
 FORMAT = "scmulan-shard/1"
 ENCODINGS = ("counts", "amounts", "log1p")
-# Counts up to here stand for themselves; each code above for 0.1 % more than the one below, up to 15 million.
-EXACT = 60_000
-STEP = 1.001
-# Room for the header of a file whose number of words is known only at its end; its arrays begin on a page.
+MAX_EXACT_COUNT = 60_000
+"""Counts up to here are their own code; each code above stands for 0.1 % more than the one below, up to 15 million."""
+COUNT_STEP = 1.001
 HEADER = 4096
+"""Bytes reserved for the header, as the number of tokens is known only at the end; the arrays begin on a page."""
 DTYPES = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "F32": "<f4", "U16": "<u2", "BOOL": "|b1"}
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
@@ -46,13 +44,13 @@ class NotWhole(Exception):
 
 
 def encode(values: np.ndarray, encoding: str) -> tuple[np.ndarray, int]:
-    """Turn values above zero into uint16 codes.
+    """Encode values above zero as uint16.
 
     Parameters
     ----------
-    values
-        float32: counts, amounts or log1p values.
-    encoding
+    values : numpy.ndarray, float32
+        Counts, amounts or log1p values.
+    encoding : str
         One of ``ENCODINGS``.
 
     Returns
@@ -60,7 +58,7 @@ def encode(values: np.ndarray, encoding: str) -> tuple[np.ndarray, int]:
     codes : numpy.ndarray
         uint16, never 0.
     rounded : int
-        Counts that were too large to be kept exactly.
+        Number of counts that were too large to be kept exactly.
 
     Raises
     ------
@@ -71,22 +69,23 @@ def encode(values: np.ndarray, encoding: str) -> tuple[np.ndarray, int]:
         whole = np.rint(values)
         if not np.array_equal(whole, values):
             raise NotWhole
-        large = np.flatnonzero(whole > EXACT)
-        codes = np.minimum(whole, EXACT).astype(np.uint16)
-        steps = np.rint(np.log(whole[large].astype(np.float64) / EXACT) / np.log(STEP))
-        codes[large] = np.minimum(EXACT + steps, 65_535).astype(np.uint16)
+        large = np.flatnonzero(whole > MAX_EXACT_COUNT)
+        codes = np.minimum(whole, MAX_EXACT_COUNT).astype(np.uint16)
+        steps = np.rint(np.log(whole[large].astype(np.float64) / MAX_EXACT_COUNT) / np.log(COUNT_STEP))
+        codes[large] = np.minimum(MAX_EXACT_COUNT + steps, 65_535).astype(np.uint16)
         return codes, len(large)
     logs = np.log1p(values) if encoding == "amounts" else values
     return np.maximum(logs.astype(np.float16).view(np.uint16), 1), 0
 
 
 @functools.cache
-def decoded(encoding: str) -> np.ndarray:
-    """What each of the 65,536 codes stands for, float32."""
+def code_values(encoding: str) -> np.ndarray:
+    """Return the value of each of the 65,536 codes, float32."""
     codes = np.arange(65_536, dtype=np.uint16)
     if encoding == "counts":
-        above = np.maximum(codes.astype(np.float64) - EXACT, 0)
-        out = np.where(codes > EXACT, np.rint(EXACT * STEP**above), codes).astype(np.float32)
+        above = np.maximum(codes.astype(np.float64) - MAX_EXACT_COUNT, 0)
+        values = np.rint(MAX_EXACT_COUNT * COUNT_STEP**above)
+        out = np.where(codes > MAX_EXACT_COUNT, values, codes).astype(np.float32)
     else:
         logs = codes.view(np.float16).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # codes that no value has
@@ -96,15 +95,15 @@ def decoded(encoding: str) -> np.ndarray:
 
 
 class ShardWriter:
-    """Write the cells of one shard block by block: what is held in memory are its cells' columns, not their words.
+    """Write the cells of one shard block by block; held in memory are its tables, not its tokens.
 
     Parameters
     ----------
-    file
-        Open for writing, at its beginning.
-    cells
-        Number of cells that will come.
-    encoding
+    file : file object
+        Open for writing in binary mode, at its beginning.
+    cells : int
+        Number of cells that will be added.
+    encoding : str
         One of ``ENCODINGS``.
     """
 
@@ -113,98 +112,123 @@ class ShardWriter:
         self.cells = 0
         self.rounded = 0
         self._file = file
-        self._arrays = {
+        self._tables = {
             "indptr": np.zeros(cells + 1, "<i8"),
             "content": np.zeros(cells, "<u8"),
             "total": np.zeros(cells, "<f4"),
             "donor": np.zeros(cells, "<i4"),
             "metadata": np.zeros((cells, len(METADATA)), "<i4"),
         }
-        file.seek(HEADER + sum(a.nbytes for a in self._arrays.values()))
+        file.seek(HEADER + sum(table.nbytes for table in self._tables.values()))
 
-    def add(
-        self,
-        lengths: np.ndarray,
-        gene: np.ndarray,
-        value: np.ndarray,
-        *,
-        total: np.ndarray,
-        donor: np.ndarray,
-        metadata: np.ndarray,
-    ) -> None:
+    def add(self, cells: "FoldedCells", *, donor: np.ndarray, metadata: np.ndarray) -> None:
         """Append cells.
 
         Parameters
         ----------
-        lengths
-            Words of each cell.
-        gene, value
-            Place among the vocabulary's genes and value of each word, ascending by gene within a cell.
-        total, donor, metadata
-            Columns of the shard, a row per cell.
+        cells : FoldedCells
+            Values in the genes of the vocabulary.
+        donor : numpy.ndarray, int32 [cells]
+            Code of each cell's donor, −1 where unknown.
+        metadata : numpy.ndarray, int32 [cells, families]
+            Token ids, −1 where unknown.
+
+        Raises
+        ------
+        NotWhole
+            If the encoding is ``counts`` and a value is no whole number.
         """
-        codes, rounded = encode(value, self.encoding)
-        words = np.empty((len(gene), 2), "<u2")
-        words[:, 0] = gene
-        words[:, 1] = codes
-        rows = slice(self.cells, self.cells + len(lengths))
-        ends = np.cumsum(lengths, dtype=np.int64)
-        first = self._arrays["indptr"][rows.start]
-        self._arrays["indptr"][rows.start + 1 : rows.stop + 1] = first + ends
-        self._arrays["content"][rows] = content_hashes(words, ends)
-        self._arrays["total"][rows] = total
-        self._arrays["donor"][rows] = donor
-        self._arrays["metadata"][rows] = metadata
-        self._file.write(words.data)
+        codes, rounded = encode(cells.value, self.encoding)
+        tokens = np.empty((len(cells.gene), 2), "<u2")
+        tokens[:, 0] = cells.gene
+        tokens[:, 1] = codes
+        rows = slice(self.cells, self.cells + len(cells.lengths))
+        ends = np.cumsum(cells.lengths, dtype=np.int64)
+        indptr = self._tables["indptr"]
+        indptr[rows.start + 1 : rows.stop + 1] = indptr[rows.start] + ends
+        self._tables["content"][rows] = content_hashes(tokens, ends)
+        self._tables["total"][rows] = cells.total
+        self._tables["donor"][rows] = donor
+        self._tables["metadata"][rows] = metadata
+        self._file.write(tokens.data)
         self.cells = rows.stop
         self.rounded += rounded
 
     def finish(self, about: Mapping[str, str]) -> int:
-        """Write the columns and the header; return the number of words."""
-        words = int(self._arrays["indptr"][-1])
-        shapes = {name: (array.dtype, array.shape) for name, array in self._arrays.items()}
-        shapes["words"] = (np.dtype("<u2"), (words, 2))
+        """Write the tables and the header, with the texts of ``about``; return the number of tokens."""
+        tokens = int(self._tables["indptr"][-1])
+        shapes = {name: (table.dtype, table.shape) for name, table in self._tables.items()}
+        shapes["words"] = (np.dtype("<u2"), (tokens, 2))
         self._file.seek(0)
         self._file.write(_header(shapes, {"format": FORMAT, "encoding": self.encoding, **about}))
-        for array in self._arrays.values():
-            self._file.write(array.data)
-        return words
+        for table in self._tables.values():
+            self._file.write(table.data)
+        return tokens
 
 
-def content_hashes(words: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each cell's words: uint64 ``[cells]`` of uint16 ``[words, 2]`` and the end of each cell."""
-    out = np.empty(len(ends), np.uint64)
-    _hash(np.ascontiguousarray(words).view("<u4").ravel(), ends, out)
-    return out
-
-
-def _hash(words: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
-
-    hash_rows(words, ends, out)
-
-
-def create(
-    path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], about: Mapping[str, str]
-) -> dict[str, np.ndarray]:
-    """Create a safetensors file whose shapes are known, and map its arrays for writing.
+def content_hashes(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Hash the content of each cell to 64 bits.
 
     Parameters
     ----------
-    path
+    tokens : numpy.ndarray, uint16 [tokens, 2]
+        Gene and code of each token.
+    ends : numpy.ndarray, int64 [cells]
+        End of each cell among the tokens.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint64 ``[cells]``.
+    """
+    out = np.empty(len(ends), np.uint64)
+    _hash_cells(np.ascontiguousarray(tokens).view("<u4").ravel(), ends, out)
+    return out
+
+
+@compiled()
+def _hash_cells(tokens, ends, out):
+    k = 0
+    for row in range(len(ends)):
+        h = np.uint64(0x9E3779B97F4A7C15)
+        while k < ends[row]:
+            # The finaliser of splitmix64, once per token (a uint32).
+            h ^= np.uint64(tokens[k])
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            h ^= h >> np.uint64(31)
+            k += 1
+        out[row] = h
+
+
+def create_arrays(
+    path: Path, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], about: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Create a safetensors file of known shapes, and map its arrays for writing.
+
+    Parameters
+    ----------
+    path : Path
         File to create.
-    shapes
-        Name to dtype and shape, those of the widest type first.
-    about
+    shapes : mapping
+        Name to dtype and shape, the widest types first.
+    about : mapping
         Texts of the header.
+
+    Returns
+    -------
+    dict
+        Name to writable array on the file.
     """
     shapes = {name: (np.dtype(dtype), shape) for name, (dtype, shape) in shapes.items()}
     header = _header(shapes, about)
-    size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in shapes.values())
+    size = HEADER + sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in shapes.values())
     with path.open("wb") as file:
         file.write(header)
-        os.posix_fallocate(file.fileno(), 0, HEADER + size) if hasattr(os, "posix_fallocate") else file.truncate(
-            HEADER + size
-        )
+        if hasattr(os, "posix_fallocate"):  # a full disk is reported here, not when a page is written
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
     return _views(np.asarray(np.memmap(path, np.uint8, "r+")), json.loads(header[8:]))
 
 
@@ -258,46 +282,91 @@ def _views(raw: np.ndarray, header: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 @compiled()
-def hash_rows(words, ends, out):
-    """Hash the words (uint32) of each row; ``out`` is uint64."""
-    k = 0
-    for row in range(len(ends)):
-        h = np.uint64(0x9E3779B97F4A7C15)
-        while k < ends[row]:
-            # The finaliser of splitmix64, once per word.
-            h ^= np.uint64(words[k])
-            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            h ^= h >> np.uint64(31)
-            k += 1
-        out[row] = h
+def gather_rows(tokens, start, values, rows, indptr, indices, data):
+    """Copy cells of one shard into rows of a CSR matrix.
 
-
-@compiled()
-def gather(words, start, place, decode, indptr, indices, data):
-    """Copy cells of one shard to their places in a CSR matrix.
-
-    ``start`` is where each cell's words begin in the shard, ``place`` the row it gets.
+    Parameters
+    ----------
+    tokens : uint16 [tokens, 2]
+        Of the shard.
+    start : int64 [cells]
+        First token of each cell.
+    values : float32 [65536]
+        Value of each code.
+    rows : int64 [cells]
+        Row of each cell in the matrix.
+    indptr, indices, data
+        The matrix; ``indices`` and ``data`` are written.
     """
     for i in range(len(start)):
         k = start[i]
-        for out in range(indptr[place[i]], indptr[place[i] + 1]):
-            indices[out] = words[k, 0]
-            data[out] = decode[words[k, 1]]
+        for out in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            indices[out] = tokens[k, 0]
+            data[out] = values[tokens[k, 1]]
             k += 1
 
 
+class FoldedCells(NamedTuple):
+    """Cells in the genes of a vocabulary, ragged: the tokens of one cell follow those of the one before."""
+
+    lengths: np.ndarray
+    """int64 ``[cells]``: number of tokens."""
+    gene: np.ndarray
+    """int32 ``[tokens]``: index of the gene, ascending within a cell."""
+    value: np.ndarray
+    """float32 ``[tokens]``: above 0, of the kind of the input."""
+    total: np.ndarray
+    """float64 ``[cells]``: sum over all columns of the file, of counts or counts per 10,000."""
+    inside: np.ndarray
+    """float64 ``[cells]``: the part of the total that lies in the genes."""
+
+    def to_csr(self, n_genes: int) -> sp.csr_matrix:
+        """Return the values as CSR float32 ``[cells, genes]``."""
+        indptr = np.r_[0, np.cumsum(self.lengths)]
+        return sp.csr_matrix((self.value, self.gene, indptr), shape=(len(self.lengths), n_genes))
+
+
+def fold(block: sp.csr_matrix, columns: np.ndarray, n_genes: int, *, logged: bool) -> FoldedCells:
+    """Bring cells into the genes of a vocabulary; columns of one gene are summed on counts.
+
+    Parameters
+    ----------
+    block : scipy.sparse.csr_matrix, float32 [cells, columns]
+        Without stored zeros.
+    columns : numpy.ndarray, int32 [columns]
+        Index of each column's gene, or −1.
+    n_genes : int
+        Number of genes.
+    logged : bool
+        Whether values are log1p.
+
+    Returns
+    -------
+    FoldedCells
+    """
+    cells = block.shape[0]
+    out = FoldedCells(
+        lengths=np.zeros(cells, np.int64),
+        gene=np.empty(block.nnz, np.int32),
+        value=np.empty(block.nnz, np.float32),
+        total=np.zeros(cells),
+        inside=np.zeros(cells),
+    )
+    n = _fold(block.data, block.indices, block.indptr, columns, n_genes, logged, out)
+    return out._replace(gene=out.gene[:n], value=out.value[:n])
+
+
 @compiled()
-def _fold(data, indices, indptr, columns, genes, logged, gene, value, length, total, inside):
-    scratch = np.zeros(genes, dtype=np.float64)
+def _fold(data, indices, indptr, columns, n_genes, logged, out):
+    scratch = np.zeros(n_genes, dtype=np.float64)
     n = 0
     for row in range(len(indptr) - 1):
-        everything = 0.0
-        known = 0.0
+        total = 0.0
+        inside = 0.0
         for k in range(indptr[row], indptr[row + 1]):
             x = float(data[k])
             amount = np.expm1(x) if logged else x
-            everything += amount
+            total += amount
             g = columns[indices[k]]
             if g >= 0:
                 if scratch[g] == 0:
@@ -307,46 +376,15 @@ def _fold(data, indices, indptr, columns, genes, logged, gene, value, length, to
                     scratch[g] = np.log1p(np.expm1(scratch[g]) + amount)
                 else:
                     scratch[g] += x
-                known += amount
+                inside += amount
         first = n
-        for g in range(genes):
+        for g in range(n_genes):
             if scratch[g] > 0:
-                gene[n] = g
-                value[n] = scratch[g]
+                out.gene[n] = g
+                out.value[n] = scratch[g]
                 scratch[g] = 0.0
                 n += 1
-        length[row] = n - first
-        total[row] = everything
-        inside[row] = known
+        out.lengths[row] = n - first
+        out.total[row] = total
+        out.inside[row] = inside
     return n
-
-
-def fold(
-    block: sp.csr_matrix, columns: np.ndarray, genes: int, *, logged: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Bring cells into the genes of a vocabulary; columns of one gene are summed, on counts.
-
-    Parameters
-    ----------
-    block
-        CSR float32 ``[cells, columns]``, without stored zeros.
-    columns
-        int32 ``[columns]``: place among the genes, or −1.
-    genes
-        Number of genes.
-    logged
-        Whether values are log1p.
-
-    Returns
-    -------
-    lengths, gene, value : numpy.ndarray
-        int64 ``[cells]``, and int32 and float32 ``[words]``, ascending by gene within a cell.
-    total, inside : numpy.ndarray
-        float64 ``[cells]``: sum over all columns, and over those of genes (of counts, or counts per 10,000).
-    """
-    cells = block.shape[0]
-    gene, value = np.empty(block.nnz, np.int32), np.empty(block.nnz, np.float32)
-    lengths = np.zeros(cells, np.int64)
-    total, inside = np.zeros(cells), np.zeros(cells)
-    n = _fold(block.data, block.indices, block.indptr, columns, genes, logged, gene, value, lengths, total, inside)
-    return lengths, gene[:n], value[:n], total, inside

@@ -1,4 +1,4 @@
-"""Which cells train, validate and test: by study and by donor, as a short text says.
+"""Hold out studies and donors of a corpus for validation and test, as a short TOML text says.
 
 ::
 
@@ -24,26 +24,70 @@ import difflib
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from scmulan._io.adata import write_json
+from scmulan._settings import Meta, convert, read_toml
+from scmulan.data.store import Corpus, Selection
 from scmulan.errors import InputError, RecipeError
 
-if TYPE_CHECKING:
-    from scmulan.data.store import Corpus
-
 FORMAT = "scmulan-split/1"
+SPLIT = "split.json"
 PARTS = ("train", "validation", "test")
-HELD = PARTS[1:]
-UNKNOWN = ""
+HELD_OUT = PARTS[1:]
+UNKNOWN_DONOR = ""
 
 Unit = tuple[str, str]
+"""Group of studies and name of a donor: what a split keeps together."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class HeldOut:
+    """Names of studies or donors that are held out."""
+
+    validation: list[str] = field(default_factory=list)
+    """Names for validation."""
+    test: list[str] = field(default_factory=list)
+    """Names for test."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Fractions:
+    """Fractions of the donors (or studies) that are not named."""
+
+    by: Literal["donor", "study"] = "donor"
+    """What is counted."""
+    validation: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Fraction for validation."""
+    test: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Fraction for test."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class SplitSpec:
+    """The text of a split."""
+
+    corpus: str
+    """Folder of the corpus, relative to the text."""
+    seed: int = 0
+    """Seed of the fractions."""
+    studies: HeldOut = field(default_factory=HeldOut)
+    """Whole studies; ``*`` and ``?`` match anything."""
+    donors: HeldOut = field(default_factory=HeldOut)
+    """Donors, by name or ``group/name``; ``*`` and ``?`` match anything."""
+    fractions: Fractions = field(default_factory=Fractions)
+    """Fractions of everything that is not named."""
+
+    def __post_init__(self) -> None:
+        shares = [getattr(self.fractions, part) for part in HELD_OUT]
+        if sum(shares) >= 1:
+            raise ValueError(f"[fractions] are shares from 0 to 1 that leave something to train on; found {shares}")
 
 
 def split_corpus(spec: Path, out: Path | None = None) -> dict[str, Any]:
@@ -51,9 +95,9 @@ def split_corpus(spec: Path, out: Path | None = None) -> dict[str, Any]:
 
     Parameters
     ----------
-    spec
+    spec : Path
         TOML file, see this module.
-    out
+    out : Path, optional
         File to write; default: ``split.json`` in the corpus.
 
     Returns
@@ -64,102 +108,96 @@ def split_corpus(spec: Path, out: Path | None = None) -> dict[str, Any]:
     Raises
     ------
     RecipeError
-        If the text cannot be followed.
+        If the text has a wrong setting, or names what the corpus lacks.
     InputError
         If there is no corpus.
     """
-    from scmulan.data.store import SPLIT, Corpus
-
-    try:
-        raw = tomllib.loads(spec.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{spec}: cannot be read ({error.strerror}); expected the TOML text of a split") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{spec}: not TOML ({error})") from None
-    _check(raw, spec)
-    corpus = Corpus(spec.parent / raw["corpus"])
-    split = plan(corpus, raw, str(spec))
-    part = part_of(corpus, split)
-    cells = {name: int((part == i).sum()) for i, name in enumerate(PARTS)}
+    settings = convert(SplitSpec, read_toml(spec, "a split"), str(spec))
+    corpus = Corpus(spec.parent / settings.corpus)
+    split = assign_parts(corpus, settings, str(spec))
+    part = part_of_cells(corpus, split)
     target = out if out is not None else corpus.path / SPLIT
     write_json(split, target)
-    return {"file": str(target), "cells": cells, "shared_donors": _shared(corpus, part)}
-
-
-def _check(raw: Mapping[str, Any], spec: Path) -> None:
-    known = {
-        "": {"corpus", "seed", "studies", "donors", "fractions"},
-        "studies": set(HELD),
-        "donors": set(HELD),
-        "fractions": {"by", *HELD},
+    return {
+        "file": str(target),
+        "cells": {name: int((part == i).sum()) for i, name in enumerate(PARTS)},
+        "shared_donors": _shared_donors(corpus, part),
     }
-    for table, keys in known.items():
-        entries = raw.get(table, {}) if table else raw
-        unknown = sorted(set(entries) - keys)
-        if unknown:
-            where = f" in [{table}]" if table else ""
-            raise RecipeError(f"{spec}: unknown setting {unknown[0]!r}{where}; expected {', '.join(sorted(keys))}")
-    if "corpus" not in raw:
-        raise RecipeError(f"{spec}: no `corpus`; name its folder, relative to this file")
-    fractions = raw.get("fractions", {})
-    if fractions.get("by", "donor") not in ("donor", "study"):
-        raise RecipeError(f"{spec}: by = {fractions['by']!r} in [fractions]; expected 'donor' or 'study'")
-    shares = [fractions.get(part, 0.0) for part in HELD]
-    if not all(isinstance(share, (int, float)) and 0 <= share < 1 for share in shares) or sum(shares) >= 1:
-        raise RecipeError(
-            f"{spec}: [fractions] are shares from 0 to 1 that leave something to train on; found {shares}"
-        )
 
 
-def plan(corpus: "Corpus", raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Parts of studies and donors, ready for JSON: what is not named is ``train``."""
-    groups = [study.get("group", study["name"]) for study in corpus.manifest["studies"]]
+def assign_parts(corpus: Corpus, settings: SplitSpec, source: str) -> dict[str, Any]:
+    """Assign studies and donors to parts; what is not held out is ``train``.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Its studies and donors are assigned, not its files: a corpus that is built again keeps its split.
+    settings : SplitSpec
+        The text.
+    source : str
+        Name of the text, for errors.
+
+    Returns
+    -------
+    dict
+        Content of ``split.json``.
+
+    Raises
+    ------
+    RecipeError
+        If a name matches nothing, or is held out twice.
+    """
+    groups = _groups(corpus)
     studies: dict[str, str] = {}
-    for part in HELD:
-        for pattern in raw.get("studies", {}).get(part, ()):
+    for part in HELD_OUT:
+        for pattern in getattr(settings.studies, part):
             found = [name for name in corpus.studies if fnmatchcase(name, pattern)]
-            _need(found, pattern, corpus.studies, "study", source)
+            _require(found, pattern, corpus.studies, "study", source)
             _assign(studies, found, part, source)
     units = _units(corpus, groups, studies)
+    named = [unit for unit in units if unit[1] != UNKNOWN_DONOR]
     donors: dict[Unit, str] = {}
-    for part in HELD:
-        for pattern in raw.get("donors", {}).get(part, ()):
-            named = [unit for unit in units if unit[1] != UNKNOWN]
+    for part in HELD_OUT:
+        for pattern in getattr(settings.donors, part):
             found_units = [u for u in named if fnmatchcase(u[1], pattern) or fnmatchcase("/".join(u), pattern)]
-            _need(found_units, pattern, [unit[1] for unit in named], "donor", source)
+            _require(found_units, pattern, [unit[1] for unit in named], "donor", source)
             _assign(donors, found_units, part, source)
-    fractions, seed = raw.get("fractions", {}), raw.get("seed", 0)
     free = [unit for unit in units if unit not in donors]
-    by_study = fractions.get("by", "donor") == "study"
+    by_study = settings.fractions.by == "study"
     choices: list[Any] = sorted({unit[0] for unit in free} if by_study else free)
-    choices.sort(key=lambda unit: hashlib.sha256(json.dumps([seed, unit]).encode()).digest())
+    choices.sort(key=lambda choice: hashlib.sha256(json.dumps([settings.seed, choice]).encode()).digest())
     start = 0
-    for part in HELD:
-        share = fractions.get(part, 0.0)
-        stop = start + (max(round(share * len(choices)), 1) if share else 0)
+    for part in HELD_OUT:
+        fraction = getattr(settings.fractions, part)
+        stop = start + (max(round(fraction * len(choices)), 1) if fraction else 0)
         chosen = set(choices[start:stop])
         donors |= {unit: part for unit in free if (unit[0] if by_study else unit) in chosen}
         start = stop
     return {
         "format": FORMAT,
         "corpus": _identity(corpus),
-        "seed": seed,
+        "seed": settings.seed,
         "studies": studies,
         "donors": [[*unit, part] for unit, part in sorted(donors.items())],
     }
 
 
-def _units(corpus: "Corpus", groups: list[str], held: Mapping[str, str]) -> list[Unit]:
-    """Group and name of donors with cells in studies that are not held out; a group's unknown donors are one."""
-    free = np.array([name not in held for name in corpus.studies])
+def _groups(corpus: Corpus) -> list[str]:
+    """Return the group of each study."""
+    return [study.get("group", study["name"]) for study in corpus.manifest["studies"]]
+
+
+def _units(corpus: Corpus, groups: list[str], held_out: Mapping[str, str]) -> list[Unit]:
+    """List the donors with cells in studies that are not held out; the unknown donors of a group are one."""
+    free = np.array([name not in held_out for name in corpus.studies])
     study, donor = np.asarray(corpus.study), np.asarray(corpus.donor)
     inside = free[study]
     units = {corpus.donors[d] for d in np.unique(donor[inside & (donor >= 0)])}
-    units |= {(groups[s], UNKNOWN) for s in np.unique(study[inside & (donor < 0)])}
+    units |= {(groups[s], UNKNOWN_DONOR) for s in np.unique(study[inside & (donor < 0)])}
     return sorted(units)
 
 
-def _need(found: list[Any], pattern: str, names: Iterable[str], kind: str, source: str) -> None:
+def _require(found: list[Any], pattern: str, names: Iterable[str], kind: str, source: str) -> None:
     if not found:
         near = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `scmulan corpus inspect`"
@@ -172,22 +210,48 @@ def _assign(parts: dict[Any, str], names: list[Any], part: str, source: str) -> 
             raise RecipeError(f"{source}: {name!r} is in {parts[name]} and in {part}; name it once")
 
 
-def _identity(corpus: "Corpus") -> str:
-    """Hash of what a split speaks of: studies and donors, not the files."""
+def _identity(corpus: Corpus) -> str:
+    """Hash what a split refers to: studies and donors."""
     about = [[(s["name"], s["cells"]) for s in corpus.manifest["studies"]], corpus.donors, len(corpus)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def read_split(corpus: "Corpus", path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def select_part(corpus: Corpus, part: str, path: str | os.PathLike[str] | None = None) -> Selection:
+    """Select the cells of a part of a split.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Cells to select from.
+    part : {"train", "validation", "test"}
+        Which cells.
+    path : path-like, optional
+        File that ``scmulan corpus split`` wrote; default: ``split.json`` in the corpus.
+
+    Returns
+    -------
+    Selection
+        View of the cells, in the order of the corpus.
+
+    Raises
+    ------
+    InputError
+        If there is no such split or part, or the split was made for another corpus.
+    """
+    split = read_split(corpus, path)
+    if part not in PARTS:
+        raise InputError(f"no part {part!r} in a split; expected {', '.join(PARTS)}")
+    return Selection(corpus, np.flatnonzero(part_of_cells(corpus, split) == PARTS.index(part)))
+
+
+def read_split(corpus: Corpus, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Read a split of a corpus.
 
     Raises
     ------
     InputError
-        If there is none, or it belongs to another corpus.
+        If there is none, or it was made for another corpus.
     """
-    from scmulan.data.store import SPLIT
-
     file = Path(path) if path is not None else corpus.path / SPLIT
     try:
         split = json.loads(file.read_text(encoding="utf-8"))
@@ -202,29 +266,21 @@ def read_split(corpus: "Corpus", path: str | os.PathLike[str] | None = None) -> 
     return split
 
 
-def part_of(corpus: "Corpus", split: Mapping[str, Any]) -> np.ndarray:
-    """Part of each cell: uint8 ``[cells]``, place in ``PARTS``."""
+def part_of_cells(corpus: Corpus, split: Mapping[str, Any]) -> np.ndarray:
+    """Return the part of each cell: uint8 ``[cells]``, index in ``PARTS``."""
     code = {name: i for i, name in enumerate(PARTS)}
     by_unit = {(group, donor): code[part] for group, donor, part in split["donors"]}
-    groups = [study.get("group", study["name"]) for study in corpus.manifest["studies"]]
-    donors = np.array([*(by_unit.get(unit, 0) for unit in corpus.donors), 0], dtype=np.uint8)
-    unknown = np.array([by_unit.get((group, UNKNOWN), 0) for group in groups], dtype=np.uint8)
-    held = np.array([code[split["studies"].get(name, "train")] for name in corpus.studies], dtype=np.uint8)
-    whole = np.array([name in split["studies"] for name in corpus.studies])
+    of_donor = np.array([*(by_unit.get(unit, 0) for unit in corpus.donors), 0], dtype=np.uint8)
+    of_unknown = np.array([by_unit.get((group, UNKNOWN_DONOR), 0) for group in _groups(corpus)], dtype=np.uint8)
+    of_study = np.array([code[split["studies"].get(name, "train")] for name in corpus.studies], dtype=np.uint8)
+    whole_study = np.array([name in split["studies"] for name in corpus.studies])
     study, donor = corpus.study, corpus.donor
-    part = np.where(np.asarray(donor) < 0, unknown[study], donors[donor])
-    return np.where(whole[study], held[study], part).astype(np.uint8)
+    part = np.where(np.asarray(donor) < 0, of_unknown[study], of_donor[donor])
+    return np.where(whole_study[study], of_study[study], part).astype(np.uint8)
 
 
-def cells_of(corpus: "Corpus", split: Mapping[str, Any], part: str) -> np.ndarray:
-    """Places of the cells of a part, int64, ascending."""
-    if part not in PARTS:
-        raise InputError(f"no part {part!r} in a split; expected {', '.join(PARTS)}")
-    return np.flatnonzero(part_of(corpus, split) == PARTS.index(part))
-
-
-def _shared(corpus: "Corpus", part: np.ndarray) -> list[list[str]]:
-    """Donors with cells in more than one part."""
+def _shared_donors(corpus: Corpus, part: np.ndarray) -> list[list[str]]:
+    """List the donors with cells in several parts."""
     donor = np.asarray(corpus.donor)
     seen = np.zeros((len(corpus.donors), len(PARTS)), dtype=bool)
     seen[donor[donor >= 0], part[donor >= 0]] = True

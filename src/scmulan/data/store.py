@@ -1,7 +1,4 @@
-"""A corpus on disk, opened in no time and read by whoever asks for cells.
-
-What training asks of cells, wherever they are: in memory, or on disk.
-"""
+"""Cells that training reads: :class:`CellSource`, the protocol; :class:`Corpus`, which satisfies it from disk."""
 
 import json
 import os
@@ -13,36 +10,40 @@ import numpy as np
 import scipy.sparse as sp
 
 from scmulan._io.outputs import sha256
-from scmulan.data.shards import decoded, gather, open_arrays
+from scmulan.data.shards import code_values, gather_rows, open_arrays
 from scmulan.errors import InputError
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 
 @runtime_checkable
 class CellSource(Protocol):
-    """Labelled cells in the genes of one vocabulary.
+    """Labelled cells in the genes of one vocabulary, in memory or on disk.
 
     Attributes
     ----------
-    lengths
-        int64 ``[cells]``: vocabulary genes seen in each cell.
-    total
-        float32 ``[cells]``: total over all genes of the cell's file (counts, or counts per 10,000).
-    logged
-        Bool ``[cells]``: whether values are log1p, not counts.
-    study
-        Integers ``[cells]``: place in ``studies``; every file counts as a study, as it has its own genes.
-    studies
-        Study names.
-    measured
-        Bool ``[studies, vocabulary genes]``: what each study could have seen.
-    metadata
-        int32 ``[cells, families]``: word id of each family of ``METADATA``, −1 where unknown.
+    lengths : numpy.ndarray, int64 [cells]
+        Number of vocabulary genes expressed in each cell.
+    total : numpy.ndarray, float32 [cells]
+        Sum over all genes of the cell's file (counts, or counts per 10,000).
+    logged : numpy.ndarray, bool [cells]
+        Whether values are log1p, not counts.
+    study : numpy.ndarray, integer [cells]
+        Index in ``studies``; every file counts as a study, as it has its own genes.
+    studies : list of str
+        Names of the studies.
+    measured : numpy.ndarray, bool [studies, vocabulary genes]
+        Genes that each study measured.
+    metadata : numpy.ndarray, int32 [cells, families]
+        Token id of each family of ``METADATA``, −1 where unknown.
+
+    Notes
+    -----
+    Training plans its batches from these tables and calls :meth:`rows` for the cells of one batch only. A source of
+    cells that are averages of others would enter here, too: as it knows ``lengths`` only once :meth:`rows` has made a
+    cell, its batches would be sorted by length inside a pool after reading, not before.
     """
 
-    @property
-    def lengths(self) -> np.ndarray: ...  # noqa: D102
-
+    lengths: np.ndarray
     total: np.ndarray
     logged: np.ndarray
     study: np.ndarray
@@ -53,22 +54,19 @@ class CellSource(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, cells: np.ndarray) -> sp.csr_matrix:
-        """Measured values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order given."""
+        """Return values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order requested."""
         ...
 
-    def words(self, family: Family) -> np.ndarray:
-        """Word id of a family per cell, −1 where unknown."""
-        ...
+    def tokens(self, family: Family) -> np.ndarray:
+        """Return the token id of a family per cell, int32, −1 where unknown."""
+        return self.metadata[:, METADATA.index(family)]
 
 
 FORMAT = "scmulan-corpus/1"
-MANIFEST, CHECKSUM, VOCABULARY, CELLS, SPLIT = (
-    "manifest.json",
-    "manifest.sha256",
-    "vocabulary.json",
-    "cells.safetensors",
-    "split.json",
-)
+MANIFEST = "manifest.json"
+CHECKSUM = "manifest.sha256"
+VOCABULARY = "vocabulary.json"
+CELLS = "cells.safetensors"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -95,29 +93,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class Corpus:
-    """Cells of a folder that ``scmulan corpus build`` wrote; satisfies :class:`scmulan.data.store.CellSource`.
+class Corpus(CellSource):
+    """Cells of a folder that ``scmulan corpus build`` wrote.
 
-    Opening reads the manifest and maps files; their contents are read where cells are asked for. All arrays are
-    mapped and read-only.
+    Opening reads the manifest and maps the files; their contents are read where cells are requested. All arrays are
+    memory-mapped and read-only. Another process receives the path and maps the files itself.
 
     Parameters
     ----------
-    path
+    path : path-like
         Folder of the corpus.
 
     Attributes
     ----------
-    lengths, total, logged, study, metadata
-        See :class:`scmulan.data.store.CellSource`.
-    donor
-        int32 ``[cells]``: place in ``donors``, −1 where unknown.
-    donors
+    lengths, total, logged, study, studies, measured, metadata
+        See :class:`CellSource`.
+    donor : numpy.ndarray, int32 [cells]
+        Index in ``donors``, −1 where unknown.
+    donors : list of (str, str)
         Group of studies and name of each donor.
-    studies, measured
-        Study names, and the genes that each could have seen.
-    manifest
-        What the corpus was made from.
+    manifest : dict
+        Provenance, settings and files.
 
     Raises
     ------
@@ -131,7 +127,8 @@ class Corpus:
         self.studies: list[str] = [study["name"] for study in self.manifest["studies"]]
         self.donors: list[tuple[str, str]] = [(group, name) for group, name in self.manifest["donors"]]
         self._check_sizes()
-        _allow_open_files(len(self.manifest["shards"]))
+        shards = self.manifest["shards"]
+        _allow_open_files(len(shards))
         table = open_arrays(self.path / CELLS)[0]
         self.lengths = table["lengths"]
         self.total = table["total"]
@@ -140,12 +137,10 @@ class Corpus:
         self.donor = table["donor"]
         self.metadata = table["metadata"]
         self.measured = table["measured"]
-        self._start = table["start"]
-        self._words, self._decode = [], []
-        for shard in self.manifest["shards"]:
-            self._words.append(open_arrays(self.path / shard["file"])[0]["words"])
-            self._decode.append(decoded(shard["encoding"]))
-        self._ends = np.cumsum([shard["kept"] for shard in self.manifest["shards"]], dtype=np.int64)
+        self._start = table["start"]  # first token of each cell in its shard
+        self._tokens = [open_arrays(self.path / shard["file"])[0]["words"] for shard in shards]
+        self._values = [code_values(shard["encoding"]) for shard in shards]
+        self._last = np.cumsum([shard["kept"] for shard in shards], dtype=np.int64)
 
     def _check_sizes(self) -> None:
         for name, entry in self.manifest["files"].items():
@@ -159,99 +154,65 @@ class Corpus:
         return len(self.total)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Corpus, (self.path,)  # another process maps the files itself
+        return Corpus, (self.path,)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Words that the corpus is written in."""
+        """Vocabulary of the corpus."""
         return Vocabulary.load(self.path / VOCABULARY)
 
     def rows(self, cells: np.ndarray) -> sp.csr_matrix:
-        """Measured values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order given."""
+        """Return values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order requested."""
         cells = np.asarray(cells, dtype=np.int64)
         indptr = np.zeros(len(cells) + 1, dtype=np.int64)
         np.cumsum(self.lengths[cells], out=indptr[1:])
-        start = self._start[cells]
-        shard = np.searchsorted(self._ends, cells, side="right")
-        order = np.argsort(shard, kind="stable")
-        cuts = np.flatnonzero(np.diff(shard[order])) + 1
         indices, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-        for place in np.split(order, cuts):
-            if len(place):
-                number = shard[place[0]]
-                words, decode = self._words[number], self._decode[number]
-                gather(words, start[place], place, decode, indptr, indices, data)
+        start = self._start[cells]
+        shard = np.searchsorted(self._last, cells, side="right")
+        by_shard = np.argsort(shard, kind="stable")
+        for rows in np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1):
+            if len(rows):
+                number = shard[rows[0]]
+                gather_rows(self._tokens[number], start[rows], self._values[number], rows, indptr, indices, data)
         if indptr[-1] < 2**31:
             indptr = indptr.astype(np.int32)
         out = sp.csr_matrix((data, indices, indptr), shape=(len(cells), self.measured.shape[1]))
         out.has_canonical_format = True
         return out
 
-    def words(self, family: Family) -> np.ndarray:
-        """Word id of a family per cell, −1 where unknown."""
-        return self.metadata[:, METADATA.index(family)]
 
-    def covered(self) -> float:
-        """Mean share of a cell's total that lies in the vocabulary's genes."""
-        studies = self.manifest["studies"]
-        return float(sum(s["covered"] * s["cells"] for s in studies) / max(sum(s["cells"] for s in studies), 1))
-
-    def subset(self, part: str, split: str | os.PathLike[str] | None = None) -> "Selection":
-        """Cells of a part of a split.
-
-        Parameters
-        ----------
-        part
-            ``"train"``, ``"validation"`` or ``"test"``.
-        split
-            File that ``scmulan corpus split`` wrote; default: ``split.json`` in the corpus.
-
-        Raises
-        ------
-        InputError
-            If there is no such split or part, or it was made for another corpus.
-        """
-        from scmulan.data.split import cells_of, read_split
-
-        return Selection(self, cells_of(self, read_split(self, split), part))
-
-
-class Selection:
-    """Some cells of others, in the order given: a view that copies their columns, not their words.
+class Selection(CellSource):
+    """View of some cells of a source, in the order of ``index``: copies their tables, not their values.
 
     Parameters
     ----------
-    cells
-        Where they are.
-    index
-        int64: places of the cells to keep.
+    source : CellSource
+        Where the cells are.
+    index : numpy.ndarray, int64
+        Indices of the cells to keep.
     """
 
-    def __init__(self, cells: CellSource, index: np.ndarray) -> None:
-        self.base = cells
+    def __init__(self, source: CellSource, index: np.ndarray) -> None:
+        self.source = source
         self.index = np.asarray(index, dtype=np.int64)
-        self.total = cells.total[self.index]
-        self.logged = cells.logged[self.index]
-        self.study = cells.study[self.index]
-        self.metadata = cells.metadata[self.index]
-        self.studies = cells.studies
-        self.measured = cells.measured
-        self.lengths = cells.lengths[self.index]
+        self.lengths = source.lengths[self.index]
+        self.total = source.total[self.index]
+        self.logged = source.logged[self.index]
+        self.study = source.study[self.index]
+        self.studies = source.studies
+        self.measured = source.measured
+        self.metadata = source.metadata[self.index]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def rows(self, cells: np.ndarray) -> sp.csr_matrix:
-        """Measured values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order given."""
-        return self.base.rows(self.index[cells])
-
-    def words(self, family: Family) -> np.ndarray:
-        """Word id of a family per cell, −1 where unknown."""
-        return self.metadata[:, METADATA.index(family)]
+        """Return values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order requested."""
+        return self.source.rows(self.index[cells])
 
 
 def _allow_open_files(number: int) -> None:
-    """Each mapped file stays open: use what the system allows this process, which is more than the default."""
+    """Raise the limit of open files as far as needed and allowed, as each mapped file stays open."""
     try:
         import resource
     except ImportError:  # systems without such limits

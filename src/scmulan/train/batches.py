@@ -133,7 +133,7 @@ class Batches:
         """Probability of each cell for each task, float64 ``[cells]``, with order "weighted"."""
         if not isinstance(self.sampler, WeightedBatchSampler):
             raise RecipeError("cells have weights only with batches.order = 'weighted'")
-        return {name: self.sampler.cell_sampler.chances(k) for k, name in enumerate(self.config.tasks)}
+        return {name: self.sampler.cell_sampler.probabilities(k) for k, name in enumerate(self.config.tasks)}
 
     @property
     def epoch_steps(self) -> int:

@@ -37,7 +37,7 @@ def score(model: Mulan, store: CellStore, vocabulary: Vocabulary, relations: np.
         ``accuracy``, ``macro_recall`` (mean over labels) and ``recall`` of each label.
     """
     fine = vocabulary.ids(Family.FINE)
-    truth = store.words(Family.FINE)
+    truth = store.tokens(Family.FINE)
     predicted = np.empty(len(store), dtype=np.int64)
     model.eval()
     with torch.no_grad():

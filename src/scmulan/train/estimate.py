@@ -1,8 +1,6 @@
 """What a run will cost, before it starts: operations, memory, hours; no cell's expression is read for it."""
 
-import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scmulan.data.readers import convert_to_h5ad, find_converter, open_study
+from scmulan.data.readers import open_study
 from scmulan.model.cost import batch_flops, faster_precision, gemm_rates, parameters
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import Batch, BatchConfig
@@ -102,12 +100,8 @@ def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
     cells = 0
     words: dict[Family, set[str]] = {family: set() for family in METADATA}
     for spec in plan.studies(base):
-        with tempfile.TemporaryDirectory(prefix="scmulan-") as scratch, contextlib.ExitStack() as stack:
-            imported = None
-            if find_converter(spec.file) is not None:  # no AnnData: it has to become one before its columns can be read
-                imported = Path(scratch) / "cells.h5ad"
-                convert_to_h5ad(spec.file, imported, spec.where)
-            obs = stack.enter_context(open_study(spec, imported)).obs
+        with open_study(spec) as adata:
+            obs = adata.obs
         cells += len(obs)
         for family, column in spec.metadata(obs).items():
             words[family] |= set(column.unique()) - {""}

@@ -29,7 +29,7 @@ NOT_CURVE = {"words_per_second", "cells_per_second", "mfu", "words", "cells", "r
 
 def remember_cells(run: Path, manifest: Sequence[Mapping[str, Any]], store: CellSource, vocabulary: Vocabulary) -> None:
     """Write into a run folder what a card has to say about the training cells, so that it needs them no more."""
-    label = store.words(Family.FINE)
+    label = store.tokens(Family.FINE)
     counts = np.bincount(label[label >= 0], minlength=len(vocabulary))
     content = {
         "data": list(manifest),

@@ -14,7 +14,7 @@ import torch
 import scmulan
 from scmulan._io.adata import open_input, read_column
 from scmulan._io.outputs import check_output, sha256
-from scmulan.data.memory import CellStore, read_cells, take
+from scmulan.data.memory import CellStore, store_from_adata, take
 from scmulan.errors import OutputError, ScmulanError
 from scmulan.model.folder import HASHES
 from scmulan.model.loading import LoadedModel, load_model, save_model
@@ -130,7 +130,7 @@ def finetune(
     vocabulary = parent.vocabulary
     for family in METADATA:
         vocabulary = vocabulary.extend(family, sorted(set(words.get(family, ())) - {""}))
-    store, matrix, match = read_cells(
+    store, matrix, match = store_from_adata(
         adata, vocabulary, words, name=source, layer=layer, matrix_kind=matrix_kind, min_genes=min_genes
     )
     held = hold_out(store, donors, validation_share, seed)
@@ -260,12 +260,12 @@ def _objective(parent: LoadedModel) -> ObjectiveConfig:
 
 def _task_shares(store: CellStore) -> dict[str, float]:
     """Share of batches of each task; none of organ and region where no cell knows them."""
-    places = (store.words(Family.ORGAN) >= 0) | (store.words(Family.REGION) >= 0)
+    places = (store.tokens(Family.ORGAN) >= 0) | (store.tokens(Family.REGION) >= 0)
     return {"annotate": 0.8, "generate": 0.15} | ({"locate": 0.05} if places.any() else {})
 
 
 def _steps(store: CellStore, epochs: float | None, batches: BatchConfig) -> int:
-    labelled = store.words(Family.FINE) >= 0
+    labelled = store.tokens(Family.FINE) >= 0
     share = batches.tasks["annotate"] / sum(batches.tasks.values())
     longest = min(float(store.lengths[labelled].mean()), batches.max_prompt_genes)
     cells = min(batches.cells, max(4, batches.tokens / longest))  # long sentences leave room for fewer
@@ -281,7 +281,7 @@ def _digest(store: CellStore) -> str:
 
 
 def _describe(store: CellStore, watch: CellStore, old: Vocabulary, new: Vocabulary) -> dict[str, Any]:
-    words, number = np.unique(store.words(Family.FINE), return_counts=True)
+    words, number = np.unique(store.tokens(Family.FINE), return_counts=True)
     added = {str(f): [new.tokens[i] for i in new.ids(f) if i >= len(old)] for f in METADATA}
     return {
         "model": None,

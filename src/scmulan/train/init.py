@@ -118,7 +118,7 @@ def _share_of_words(store: CellSource, cells: np.ndarray, words: int) -> np.ndar
 
 def kinds(store: CellSource) -> list[np.ndarray]:
     """Cells of each fine type of each study; the rest of a study is one more kind."""
-    label = store.words(Family.FINE)
+    label = store.tokens(Family.FINE)
     out = []
     for study in range(len(store.studies)):
         for word in np.unique(label[store.study == study]):

@@ -127,7 +127,7 @@ def label_relations_among(store: CellStore, vocabulary: Vocabulary) -> np.ndarra
     out = np.eye(len(vocabulary), dtype=bool)
     ontology = Ontology.load()
     for family in TYPES:
-        ids = np.unique(store.words(family)[store.words(family) >= 0])
+        ids = np.unique(store.tokens(family)[store.tokens(family) >= 0])
         if len(ids):
             out[np.ix_(ids, ids)] = ontology.label_matrix([vocabulary.tokens[i] for i in ids])
     return out
@@ -161,7 +161,7 @@ def hold_out(store: CellStore, donors: np.ndarray | None, share: float, seed: in
         If nothing can be held out.
     """
     rng = np.random.default_rng([seed, 1])
-    label = store.words(Family.FINE)
+    label = store.tokens(Family.FINE)
     usable = np.flatnonzero((label >= 0) & (store.lengths > 0))
     share = min(share, MOST_HELD_OUT / max(1, len(usable)))
     if donors is not None:

@@ -69,6 +69,7 @@ def read_data(plan: Recipe, base: Path) -> Data:
     """Cells that a recipe names: h5ad files in memory, or a corpus on disk with its own vocabulary and split."""
     corpus = plan.corpus(base)
     if corpus is not None:
+        from scmulan.data.split import select_part
         from scmulan.data.store import MANIFEST, Corpus
 
         store = Corpus(corpus)
@@ -81,8 +82,8 @@ def read_data(plan: Recipe, base: Path) -> Data:
         source = {"corpus": corpus.name, "sha256": sha256(corpus / MANIFEST)}
         return Data(
             vocabulary=store.vocabulary,
-            train=store.subset("train", split),
-            watch=store.subset("validation", split) if plan.run.validate_every else None,
+            train=select_part(store, "train", split),
+            watch=select_part(store, "validation", split) if plan.run.validate_every else None,
             manifest=[
                 source,
                 *({k: v for k, v in study.items() if k != "path"} for study in store.manifest["studies"]),

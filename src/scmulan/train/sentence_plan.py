@@ -231,7 +231,7 @@ def eligible_tasks(cells: CellSource, tasks: Sequence[str]) -> np.ndarray:
     has_genes = np.asarray(cells.lengths) > 0
     for k, name in enumerate(tasks):
         target = TASKS[name].target
-        known = True if Family.GENE in target else np.any([cells.words(f) >= 0 for f in target], axis=0)
+        known = True if Family.GENE in target else np.any([cells.tokens(f) >= 0 for f in target], axis=0)
         eligible |= (has_genes & known).astype(np.uint8) << k
     return eligible
 
@@ -327,7 +327,7 @@ class EpochBatchSampler:
         number = len(eligible) if self._usable is None else len(self._usable)
         self.windows = WindowShuffle(number, seed, block=config.block, window=config.window)
         cost = self._mean_cost(number)
-        first, last = (self._n_batches(self.windows.cells_of(w), cost) for w in (0, len(self.windows) - 1))
+        first, last = (self._n_batches(self.windows.size(w), cost) for w in (0, len(self.windows) - 1))
         self._per_window, self._in_last_window = first, last
         self.epoch_steps = first * (len(self.windows) - 1) + last
         self._kept: tuple[tuple[int, int], list[PlannedSentences]] | None = None
@@ -343,7 +343,7 @@ class EpochBatchSampler:
 
     def _plan_window(self, epoch: int, window: int) -> list[PlannedSentences]:
         rng = np.random.default_rng([self.seed, _WINDOW, epoch, window])
-        by_task = self._plan_cells(self._cells(self.windows.read(epoch, window)), epoch, rng)
+        by_task = self._plan_cells(self._cells(self.windows.cells(epoch, window)), epoch, rng)
         number = self._per_window if window < len(self.windows) - 1 else self._in_last_window
         costs = [self._costs(planned) for planned in by_task]
         batches = []

@@ -126,7 +126,7 @@ def _labels(
     model: Mulan, store: CellSource, vocabulary: Vocabulary, satisfies: np.ndarray, some: np.ndarray, ranks: Ranks
 ) -> dict[str, float]:
     out: dict[str, float] = {}
-    truth = store.words(Family.FINE)
+    truth = store.tokens(Family.FINE)
     labelled = some[truth[some] >= 0]
     if len(labelled):
         predicted = _answers(model, store, vocabulary, ANNOTATE, Family.FINE, labelled, ranks)
@@ -137,7 +137,7 @@ def _labels(
                 out |= {f"{name}.{key}": score for key, score in scores.items()}
         for key in ("accuracy", "macro_recall", "macro_f1"):
             out[key] = float(np.mean([v for k, v in out.items() if k.endswith(f".{key}")]))
-    organ = store.words(Family.ORGAN)
+    organ = store.tokens(Family.ORGAN)
     placed = some[organ[some] >= 0]
     if len(placed) and len(vocabulary.ids(Family.ORGAN)) > 1:
         predicted = _answers(model, store, vocabulary, LOCATE, Family.ORGAN, placed, ranks)
@@ -179,7 +179,7 @@ def _losses(
         task = TASKS[name]
         usable = store.lengths > 0
         if Family.GENE not in task.target:
-            usable &= np.any([store.words(f) >= 0 for f in task.target], axis=0)
+            usable &= np.any([store.tokens(f) >= 0 for f in task.target], axis=0)
         cells = np.flatnonzero(usable)
         if not len(cells):
             continue

@@ -1,60 +1,70 @@
-"""Run independent tasks here, on processes of this machine, or on a Dask cluster; each leaves its result on disk.
+"""Run independent jobs here, on processes of this machine, or on a Dask cluster.
 
-A task is done when its record, a JSON file, is there. So an interrupted run goes on where it was, whoever did the work.
+A job is done when its record, a JSON file, exists: an interrupted run continues with the jobs that have none, whoever
+did the others.
 """
 
 import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from scmulan._io.adata import write_json
+from scmulan._progress import Advance
 from scmulan.errors import InputError
 
 
-class Job(Protocol):
-    """Something to do, once."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A call whose result is kept on disk."""
 
     record: Path
-    cells: int
+    """File of the result."""
+    size: int
+    """Number of cells (or other units), for progress."""
+    work: Callable[..., dict[str, Any]]
+    """Function of a module, as other processes look it up by its name."""
+    arguments: Mapping[str, Any]
+    """Its arguments."""
 
-    def run(self) -> dict[str, Any]:
-        """Do it; what is returned becomes its record."""
-        ...
-
-
-def perform(task: Job) -> dict[str, Any]:
-    """Do a task unless that was done, and return its record."""
-    if not task.record.exists():
-        write_json(task.run(), task.record)
-    return json.loads(task.record.read_text(encoding="utf-8"))
+    def run(self) -> Any:
+        """Do the work unless it is done, and return its record."""
+        if not self.record.exists():
+            write_json(self.work(**self.arguments), self.record)
+        return json.loads(self.record.read_text(encoding="utf-8"))
 
 
 class Runner:
-    """Does tasks; a context in which processes, or the connection to a cluster, are kept.
+    """Context that runs jobs; processes and the connection to a cluster are kept while it is open.
 
     Parameters
     ----------
-    jobs
+    processes : int
         Processes of this machine.
-    dask
-        Address of a Dask scheduler, whose workers see the same folders; used instead of ``jobs``.
+    dask : str, optional
+        Address of a Dask scheduler, whose workers see the same folders; used instead of ``processes``.
+
+    Raises
+    ------
+    InputError
+        If there is no such scheduler, or the package is missing.
     """
 
-    def __init__(self, jobs: int = 1, dask: str | None = None) -> None:
-        self.jobs = jobs
+    def __init__(self, processes: int = 1, dask: str | None = None) -> None:
+        self.processes = processes
         self.dask = dask
         self._pool: ProcessPoolExecutor | None = None
         self._client: Any = None
 
     def __enter__(self) -> "Runner":
         if self.dask:
-            self._client = _client(self.dask)
+            self._client = _connect(self.dask)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -63,54 +73,54 @@ class Runner:
         if self._client is not None:
             self._client.close()
 
-    def __call__(self, jobs: Sequence[Job], progress: Callable[[int], Any] = lambda cells: None) -> list[dict]:
-        """Do all tasks that are not done.
+    def run(self, jobs: Sequence[Job], advance: Advance) -> list[Any]:
+        """Run all jobs that have no record.
 
         Parameters
         ----------
-        tasks
-            In any order; their results do not depend on each other.
-        progress
-            Told the number of cells of each task that is done.
+        jobs : sequence of Job
+            Their results do not depend on each other.
+        advance : Advance
+            Called with the size of each job that is done, in whatever order they end.
 
         Returns
         -------
-        list of dict
-            The record of each task, in order.
+        list
+            The record of each job, in order.
 
         Raises
         ------
         ScmulanError
-            What a task raised; or if a worker ended. Tasks that were done stay done.
+            If a job raised it, or a worker ended. Jobs that were done stay done.
         """
         missing = []
-        for task in jobs:
-            if task.record.exists():
-                progress(task.cells)
+        for job in jobs:
+            if job.record.exists():
+                advance(job.size)
             else:
-                missing.append(task)
+                missing.append(job)
         if self._client is not None:
             done = self._on_cluster(missing)
-        elif self.jobs == 1 or (len(missing) < 2 and self._pool is None):
+        elif self.processes == 1 or (len(missing) < 2 and self._pool is None):
             done = self._here(missing)
         else:
             done = self._on_processes(missing)
-        for task in done:
-            progress(task.cells)
-        return [perform(task) for task in jobs]
+        for job in done:
+            advance(job.size)
+        return [job.run() for job in jobs]
 
     def _here(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        for task in jobs:
-            perform(task)
-            yield task
+        for job in jobs:
+            job.run()
+            yield job
 
     def _on_processes(self, jobs: Sequence[Job]) -> Iterator[Job]:
         if self._pool is None:
-            # Started anew rather than forked: forked copies of threads and open HDF5 files do harm.
+            # Spawned, not forked: forked copies of threads and open HDF5 files do harm.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_end_with_parent)
+            self._pool = ProcessPoolExecutor(self.processes, context, initializer=_end_with_parent)
         try:
-            futures = {self._pool.submit(perform, task): task for task in jobs}
+            futures = {self._pool.submit(job.run): job for job in jobs}
             for future in as_completed(futures):
                 future.result()
                 yield futures[future]
@@ -123,7 +133,7 @@ class Runner:
     def _on_cluster(self, jobs: Sequence[Job]) -> Iterator[Job]:
         import distributed
 
-        futures = dict(zip(self._client.map(perform, jobs, pure=False), jobs, strict=True))
+        futures = dict(zip(self._client.map(Job.run, jobs, pure=False), jobs, strict=True))
         try:
             for future in distributed.as_completed(futures, loop=self._client.loop):
                 future.result()
@@ -134,7 +144,7 @@ class Runner:
             ) from None
 
 
-def _client(address: str) -> Any:
+def _connect(address: str) -> Any:
     try:
         import distributed
     except ImportError:
