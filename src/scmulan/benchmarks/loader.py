@@ -76,7 +76,7 @@ def _compile(path: Path) -> None:
     corpus = Corpus(path)
     tasks = BatchConfig().tasks
     for task in tasks:
-        Batches(corpus, corpus.vocabulary, BatchConfig(tasks={task: 1.0}, ahead=0), seed=0).batch(0)
+        Batches(corpus, corpus.vocabulary, BatchConfig(tasks={task: 1.0}, prefetch=0), seed=0).batch(0)
 
 
 def _drop_from_memory(path: Path) -> None:
@@ -95,7 +95,7 @@ def _time_epoch(batches: Batches, epoch: int) -> dict[str, float]:
     for step in range(epoch * batches.epoch_steps, (epoch + 1) * batches.epoch_steps):
         batch = batches.batch(step)
         cells += batch.all_cells
-        tokens += batch.words
+        tokens += batch.tokens
         padded += batch.entity.numel()
     return {"cells": cells, "tokens": tokens, "padded": padded, "seconds": time.perf_counter() - start}
 
