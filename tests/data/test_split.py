@@ -82,7 +82,10 @@ def test_a_split_belongs_to_its_corpus(split, corpus_folder, tmp_path):
         ("[fractions]\ntest = 1.5", "fractions.test = 1.5: expected a number from 0 to 1"),
         ("[fractions]\nby = 'studdy'", "fractions.by = 'studdy': expected 'donor' or 'study'; did you mean 'study'"),
         ("[parts]\ntest = 1", "unknown setting 'parts'"),
-        ("[studies]\nvalid = []", "unknown setting 'studies.valid'; did you mean 'validation'"),
+        (
+            "[studies]\nvalid = []",
+            "unknown setting 'studies.valid': expected one of validation, test; did you mean 'validation'",
+        ),
         ("[studies]\ntest = 'counts'", "studies.test = 'counts': expected a list of which each is a text"),
         ("seed = 'zero'", "seed = 'zero': expected a whole number"),
         ("seed = ", "not TOML"),
