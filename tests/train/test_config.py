@@ -214,14 +214,13 @@ def test_the_published_recipe_takes_a_real_step(root, shared, tmp_path):
     made = Trainer(
         model, batches, RunFolder(tmp_path / "run"), objective=plan.objective, optimizer=plan.optimizer, run=plan.run
     )
-    recent = {}
     before = model.blocks[23].down.weight[:2].detach().clone()
-    made._one_step(recent)
+    metrics = made.step()
     # Untrained, each of 2,222 words has the loss log 2.
-    assert recent["generate.entity"][0] == pytest.approx(2222 * 0.6931, rel=0.1)
+    assert metrics.entity == pytest.approx(2222 * 0.6931, rel=0.1)
     assert not torch.equal(before, model.blocks[23].down.weight[:2])
-    assert made.words == recent["words"][0] > 2 * 24
-    assert made.flops > 6 * 361e6 * made.words  # six operations for each parameter of a block and each word
+    assert made.tokens == metrics.tokens > 2 * 24
+    assert made.flops > 6 * 361e6 * made.tokens  # six operations for each parameter of a block and each token
 
 
 def test_the_committed_recipe_trains_and_its_model_annotates(root, shared, tmp_path):

@@ -66,7 +66,7 @@ def train(trainer):
     weights = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     if trainer.average:
         weights |= {name: whole(weight).clone() for name, weight in trainer.average.tensors().items()}
-    return done, trainer.step, trainer.tokens, {k: v.numpy() for k, v in weights.items()}
+    return done, trainer.steps_done, trainer.tokens, {k: v.numpy() for k, v in weights.items()}
 
 
 @pytest.mark.parametrize("objective", ["next_word", "published"])
@@ -79,7 +79,7 @@ def test_one_two_four_and_one_processes_go_on_from_each_other(vocabulary, store,
 
         def work(ranks, end=end):
             trainer = make(vocabulary, store, folder, ranks, objective=objective, average=0.8, parallel=way)
-            trainer.validate = lambda _: os.kill(os.getpid(), signal.SIGTERM) or {} if trainer.step == end else {}
+            trainer.validate = lambda _: os.kill(os.getpid(), signal.SIGTERM) or {} if trainer.steps_done == end else {}
             return train(trainer)
 
         results = jobs.run_job(world, work, tmp_path) if world > 1 else [work(Ranks())]
@@ -123,7 +123,7 @@ def test_a_process_that_dies_ends_the_others_with_a_line(vocabulary, store, tmp_
         trainer = make(vocabulary, store, tmp_path / "run", ranks)
 
         def die(_):
-            if ranks.rank == 1 and trainer.step == 2:
+            if ranks.rank == 1 and trainer.steps_done == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return {}
 
@@ -181,9 +181,9 @@ def test_torchrun_ends_a_job_with_its_reason_or_continues_it(vocabulary, store, 
             resumed = trainer.resume()
 
             def die(_):
-                if trainer.step == 3:
+                if trainer.steps_done == 3:
                     trainer.save()
-                if ranks.rank == 1 and trainer.step == 5 and not resumed:
+                if ranks.rank == 1 and trainer.steps_done == 5 and not resumed:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return {}
 
@@ -207,9 +207,9 @@ def test_torchrun_ends_a_job_with_its_reason_or_continues_it(vocabulary, store, 
 def test_a_checkpoint_that_one_process_cannot_write_leaves_the_one_before(vocabulary, store, tmp_path):
     def work(ranks):
         trainer = make(vocabulary, store, tmp_path / "run", ranks, parallel="fsdp")
-        trainer._one_step({})
+        trainer.step()
         trainer.save()
-        trainer._one_step({})
+        trainer.step()
         if ranks.rank == 1:  # its files can hold no more, as on a full disk
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))

@@ -18,7 +18,7 @@ from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.checkpoint import RunFolder, read_tensors
 from scmulan.train.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from scmulan.train.losses import value_pairs
-from scmulan.train.trainer import Trainer, batch_loss, cut, learning_rate, make_optimizer, read_log
+from scmulan.train.trainer import Trainer, batch_loss, learning_rate, make_optimizer, read_log
 from scmulan.vocab.tasks import TASKS
 
 STEPS = 12
@@ -31,7 +31,7 @@ class Stopper:
         self.step, self.number, self.trainer = step, number, None
 
     def __call__(self, model):
-        if self.trainer.step == self.step:
+        if self.trainer.steps_done == self.step:
             os.kill(os.getpid(), self.number)
         return {"accuracy": 0.5}
 
@@ -100,13 +100,13 @@ def test_an_interrupted_run_ends_with_the_same_weights(vocabulary, store, tmp_pa
         vocabulary, store, tmp_path / "cut", dropout=dropout, ema_decay=average, validate=Stopper(5, number)
     )
     assert not stopped.train()
-    assert stopped.step == 5
+    assert stopped.steps_done == 5
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     torch.rand(7)  # what other code draws in between must not matter
     again = trainer(vocabulary, store, tmp_path / "cut", dropout=dropout, ema_decay=average)
     assert again.resume()
-    assert again.step == 5
+    assert again.steps_done == 5
     assert again.train()
     state = again.tensors()
     assert state.keys() == whole.tensors().keys() and any(n.startswith("average.") for n in state) == bool(average)
@@ -149,9 +149,9 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(vocabulary, sto
     whole.train()
     made = trainer(vocabulary, store, tmp_path / "cut")
     for _ in range(3):
-        made._one_step({})
+        made.step()
     made.save()
-    made._one_step({})
+    made.step()
     made.save()
     newest = max((tmp_path / "cut" / "checkpoints").glob("step-*/*.safetensors"))
     assert newest.parent.name == "step-000000004"
@@ -160,7 +160,7 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(vocabulary, sto
     newest.write_bytes(content)
     again = trainer(vocabulary, store, tmp_path / "cut")
     assert again.resume()
-    assert again.step == 3
+    assert again.steps_done == 3
     again.train()
     assert all(torch.equal(w, weights(again)[n]) for n, w in weights(whole).items())
 
@@ -189,7 +189,7 @@ def test_a_fresh_run_does_not_continue_an_old_log(vocabulary, store, tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run_with_a_reason_and_what_led_to_it(vocabulary, store, tmp_path, what):
     made = trainer(vocabulary, store, tmp_path)
-    made._one_step({})
+    made.step()
     made.save()
     with torch.no_grad():
         if what == "loss":
@@ -209,7 +209,7 @@ def test_what_is_not_finite_ends_the_run_with_a_reason_and_what_led_to_it(vocabu
     read_tensors(Path(report["checkpoint"]), kept)
     assert all(torch.equal(kept[f"model.{n}"].nan_to_num(7.0), w.nan_to_num(7.0)) for n, w in before.items())
     again = trainer(vocabulary, store, tmp_path)
-    assert again.resume() and again.step == 1
+    assert again.resume() and again.steps_done == 1
     assert all(torch.isfinite(w).all() for w in weights(again).values())
 
 
@@ -218,7 +218,7 @@ def test_parts_of_a_batch_add_up_to_it(vocabulary, store, network):
     for step in range(6):
         whole = batches.batch(step)
         for parts in (2, 3, 7):
-            shares = [cut(whole, i, parts) for i in range(parts)]
+            shares = [whole.part(i, parts) for i in range(parts)]
             for name in ("next_word", "published"):
                 objective = ObjectiveConfig(name=name, value_weight=2.0)
                 pairs = sum(value_pairs(part.targets) for part in shares)
@@ -268,9 +268,8 @@ def test_gradients_are_clipped(vocabulary, store, tmp_path):
     sizes = []
     for clip in (1e-6, 1.0):
         made = trainer(vocabulary, store, tmp_path / str(clip), grad_clip=clip)
-        recent = {}
-        made._one_step(recent)
+        metrics = made.step()
         norm = torch.stack([p.grad.norm() for p in made.model.parameters() if p.grad is not None]).norm().item()
         assert norm <= clip * 1.001
-        sizes.append(recent["gradient"][0])
+        sizes.append(metrics.grad_norm)
     assert sizes[0] == sizes[1] > 1e-6  # the log shows the norm before clipping

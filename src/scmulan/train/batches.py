@@ -5,7 +5,7 @@ then each rank reads its own cells and writes their sentences (:mod:`scmulan.tra
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,45 @@ class Batch:
     cells: np.ndarray
     all_cells: int
     all_tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on a device."""
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("entity", "value", "positions")}
+        return replace(self, targets=self.targets.to(device), **tensors)
+
+    def part(self, part: int, parts: int) -> "Batch":
+        """Return every ``parts``-th sentence from number ``part`` on.
+
+        Where there is none, the first one without weight, as all processes do the same work.
+        """
+        if parts == 1:
+            return self
+        n, width = self.entity.shape
+        rows = torch.arange(min(part, n), n, parts)
+        empty = len(rows) == 0
+        rows = rows if not empty else torch.zeros(1, dtype=torch.int64)
+        new_row = torch.full((n,), -1)
+        new_row[rows] = torch.arange(len(rows))
+        old = self.targets
+        mine = new_row[old.row] >= 0
+        targets = replace(
+            old,
+            row=new_row[old.row[mine]],
+            index=old.index[mine],
+            weight=old.weight[mine] * (not empty),
+            order=old.order[rows],
+            level=old.level[rows],
+            allowed=None if old.allowed is None else old.allowed[rows],
+            labelled=None if old.labelled is None else old.labelled[rows],
+        )
+        return replace(
+            self,
+            entity=self.entity[rows],
+            value=self.value[rows],
+            positions=self.positions[mine] - old.row[mine] * width + targets.row * width,
+            targets=targets,
+            tokens=0 if empty else int(self.tokens * len(rows) / n),
+        )
 
 
 class Batches:

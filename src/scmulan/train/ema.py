@@ -1,4 +1,4 @@
-"""A running average of the weights: steadier than the weights of any one step while the rate is still high."""
+"""Exponential moving average of the weights: steadier than those of any one step while the learning rate is high."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from scmulan.model.network import Mulan
+from scmulan.train.parallel import local
 
 
 class WeightAverage:
@@ -14,35 +15,35 @@ class WeightAverage:
     Parameters
     ----------
     model
-        The network; of weights that are spread over processes, each process averages its share.
-    keep
-        Share of the average that a step leaves; 0.999 averages over about the last thousand steps. Less while the run
-        is young: the weights that it began with are soon forgotten.
+        The network. Where its weights are sharded over processes, each averages its part.
+    decay
+        Fraction of the average that a step leaves; 0.999 averages over about the last thousand steps. It is less while
+        the run is young, so that the weights at its start are soon forgotten.
     """
 
-    def __init__(self, model: Mulan, keep: float) -> None:
+    def __init__(self, model: Mulan, decay: float) -> None:
         self.model = model
-        self.keep = keep
+        self.decay = decay
         self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The average by name, to keep in a checkpoint."""
+        """Return the average by name, to keep in a checkpoint."""
         return {f"average.{name}": weight for name, weight in self.weights.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, steps_done: int) -> None:
         """Take in the weights after so many steps."""
-        keep = min(self.keep, step / (step + 9))
+        decay = min(self.decay, steps_done / (steps_done + 9))
         for name, weight in self.model.named_parameters():
-            _here(self.weights[name]).lerp_(_here(weight), 1 - keep)
+            local(self.weights[name]).lerp_(local(weight), 1 - decay)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Give the network the average for a while, in which it is looked at only: no step, no checkpoint."""
+        """Give the network the average while the context is open, to validate it: no step, no checkpoint inside."""
         with torch.no_grad():
-            own = {name: _here(weight).clone() for name, weight in self.model.named_parameters()}
+            own = {name: local(weight).clone() for name, weight in self.model.named_parameters()}
         try:
-            self._set({name: _here(weight) for name, weight in self.weights.items()})
+            self._set({name: local(weight) for name, weight in self.weights.items()})
             yield
         finally:
             self._set(own)
@@ -50,10 +51,4 @@ class WeightAverage:
     @torch.no_grad()
     def _set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in self.model.named_parameters():
-            _here(weight).copy_(weights[name])
-
-
-def _here(weight: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a weight."""
-    held: torch.Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
-    return held
+            local(weight).copy_(weights[name])

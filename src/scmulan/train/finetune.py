@@ -172,7 +172,7 @@ def finetune(
         objective=objective,
         optimizer=optimizer,
         run=RunConfig(validate_every=every),
-        validate=lambda m: best.check(m, trainer.step),
+        validate=lambda m: best.check(m, trainer.steps_done),
     )
     report = _describe(store, watch, parent.vocabulary, vocabulary)
     progress(_plan_line(report, number))
@@ -183,7 +183,7 @@ def finetune(
         finished = trainer.train()
     except StopTraining:
         finished = True
-    report |= {"steps": trainer.step, **best.report()}
+    report |= {"steps": trainer.steps_done, **best.report()}
     if not finished:
         return report
 
@@ -214,7 +214,7 @@ def finetune(
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
         "covered": store.covered(),
         "depth": fit_gene_counts(network.eval(), store, vocabulary),
-        "steps": trainer.step,
+        "steps": trainer.steps_done,
         "best_step": report["best_step"],
         "words_read": trainer.tokens,
         "parameters": sum(p.numel() for p in network.parameters()),

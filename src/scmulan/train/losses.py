@@ -21,7 +21,7 @@ the hidden states. The backward pass only scales it.
 Shape letters: n positions of a chunk, W width, V words, P pairs of a position and a word still to be said.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -70,6 +70,11 @@ class Targets:
     allowed: Tensor | None = None
     satisfies: Tensor | None = None
     labelled: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Targets":
+        """Return the targets with their tensors on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def objective_loss(

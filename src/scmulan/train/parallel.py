@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,8 +21,8 @@ def recompute_blocks(model: Mulan) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def spread(step: nn.Module, model: Mulan, ranks: Ranks, way: str) -> nn.Module:
-    """Let all processes work on one step.
+def parallelise(step: nn.Module, model: Mulan, ranks: Ranks, strategy: Literal["ddp", "fsdp"]) -> nn.Module:
+    """Wrap a step's forward pass so that all processes work on it; gradients are means over the processes.
 
     Parameters
     ----------
@@ -31,17 +32,17 @@ def spread(step: nn.Module, model: Mulan, ranks: Ranks, way: str) -> nn.Module:
         The network, on this process' device.
     ranks
         The processes.
-    way
-        ``"ddp"``: every process holds all weights; ``"fsdp"``: a share of each (``fully_shard``).
+    strategy
+        ``"ddp"``: every process holds all weights; ``"fsdp"``: a part of each (``fully_shard``).
 
     Returns
     -------
     torch.nn.Module
-        To be called in place of ``step``. Gradients come out as means over the processes.
+        To be called in place of ``step``.
     """
     if ranks.world == 1:
         return step
-    if way == "fsdp":
+    if strategy == "fsdp":
         # Each block's weights are gathered as it is needed; heads and embeddings stay gathered through the step.
         for block in model.blocks:
             fully_shard(block)
@@ -64,13 +65,19 @@ def synchronised(step: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds."""
+    held: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return held
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor of which this process may hold a share; every process has to ask."""
+    """Gather all of a tensor of which this process may hold a part; all processes have to call."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_network(model: Mulan) -> Mulan:
-    """The network itself, or a copy with all of the weights where each process holds a share."""
+    """Return the network itself, or a copy with all of the weights where each process holds a part of them."""
     if not isinstance(next(iter(model.blocks)), FSDPModule):
         return model
     with torch.device("meta"):

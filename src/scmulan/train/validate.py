@@ -11,6 +11,7 @@ from scmulan._dist import Ranks
 from scmulan.data.store import CellSource
 from scmulan.model.network import Mulan
 from scmulan.train.batches import Batch, BatchConfig, Batches
+from scmulan.train.trainer import batch_loss
 from scmulan.vocab.binning import log1p_normalised, tokenize
 from scmulan.vocab.sentences import gene_prompts
 from scmulan.vocab.tasks import ANNOTATE, LOCATE, TASKS, Task
@@ -172,8 +173,6 @@ def _losses(
     ranks: Ranks,
 ) -> dict[str, float]:
     """Losses of each task on sentences of held-out cells as they are: no panel, no thinning."""
-    from scmulan.train.trainer import batch_loss, cut, moved
-
     out: dict[str, float] = {}
     for number, name in enumerate(config.tasks):
         task = TASKS[name]
@@ -189,7 +188,7 @@ def _losses(
         batch: Batch = Batches(store, vocabulary, plain, seed).make(task, chosen, rng)
         losses = [0.0, 0.0]
         if ranks.rank < len(batch.entity):
-            part = moved(cut(batch, ranks.rank, ranks.world) if ranks.world > 1 else batch, model.word.weight.device)
+            part = batch.part(ranks.rank, ranks.world).to(model.word.weight.device)
             losses = [x.item() for x in batch_loss(model, part, objective)]
         entity, value = ranks.sum(*losses)
         out[f"{name}.entity"] = entity
