@@ -78,8 +78,8 @@ def test_split_writes_into_the_corpus(folder, capsys):
     ("text", "message"),
     [
         ("[[study]]\nfile = 'none.h5ad'", "training cells not found"),
-        ("unknown = 'ask'\n[[study]]\nfile = 'x'", "unknown = 'ask'; expected 'drop' or 'add' or 'refuse'"),
-        ("genes = 0\n[[study]]\nfile = 'x'", "genes = 0; expected a whole number above 0"),
+        ("unknown = 'ask'\n[[study]]\nfile = 'x'", "unknown = 'ask': expected 'drop', 'add' or 'refuse'"),
+        ("genes = 0\n[[study]]\nfile = 'x'", "genes = 0: expected a whole number of at least 1"),
         ("vocabulary = 'none.json'\n[[study]]\nfile = 'x'", "none.json not found"),
         ("genes =", "not TOML"),
     ],

@@ -146,7 +146,7 @@ def test_a_matrix_may_be_named(tmp_path, made, cells):
     adata = made.adata(x, obs=obs)
     adata.layers["other"] = sp.csr_matrix(np.log1p(x))
     adata.write_h5ad(tmp_path / "a.h5ad")
-    text = 'genes = 100\n[[study]]\nfile = "a.h5ad"\nlayer = "other"\nstate = "log1p"\n'
+    text = 'genes = 100\n[[study]]\nfile = "a.h5ad"\nlayer = "other"\nmatrix_kind = "log1p"\n'
     (tmp_path / "spec.toml").write_text(text)
     build(read_corpus_spec(tmp_path / "spec.toml"), tmp_path / "out")
     assert Corpus(tmp_path / "out").logged.all()

@@ -64,8 +64,11 @@ def test_a_folder_is_relative_to_the_file_that_says_so(folder):
         ({"study": []}, RecipeError, r"names no \[\[study\]\]"),
         ({"study": [{"name": "x"}]}, RecipeError, "without `file`"),
         ({"study": [{"file": "c.h5ad"}]}, RecipeError, r"training cells not found: .*c\.h5ad"),
-        ({"studies": []}, RecipeError, r"unknown setting 'studies' in \[data\]: expected columns, folder"),
-        ({"study": [{"file": "a.h5ad", "path": "x"}]}, RecipeError, r"unknown setting 'path' in \[\[study\]\]"),
+        ({"studies": []}, RecipeError, r"unknown setting 'data\.studies': expected .*; did you mean 'study'"),
+        ({"study": [{"file": "a.h5ad", "path": "x"}]}, RecipeError, r"unknown setting 'data\.study\[1\]\.path'"),
+        ({"study": [{"file": "a.h5ad", "name": 3}]}, RecipeError, r"data\.study\[1\]\.name = 3: expected a text"),
+        ({"study": {"file": "a.h5ad"}}, RecipeError, r"data\.study = .*: expected a list"),
+        ({"columns": "organ", "study": [{"file": "a.h5ad"}]}, RecipeError, r"data\.columns = 'organ': expected a tab"),
         ({"columns": {"flavour": "x"}, "study": [{"file": "a.h5ad"}]}, VocabularyError, "unknown metadata field"),
     ],
 )  # fmt: skip
@@ -101,7 +104,7 @@ def test_a_corpus_has_settings_and_a_recipe_is_one_too(folder):
     Vocabulary.build(["CD4"], {}).save(folder / "words.json")
     (folder / "a.toml").write_text(
         'genes = 7\nunknown = "add"\nduplicates = "drop"\nshard_cells = 9\nvocabulary = "words.json"\n'
-        '[[study]]\nfile = "a.h5ad"\nlayer = "counts"\nstate = "counts"\n'
+        '[[study]]\nfile = "a.h5ad"\nlayer = "counts"\nmatrix_kind = "counts"\n'
     )
     spec = read_corpus_spec(folder / "a.toml")
     assert (spec.genes, spec.unknown, spec.duplicates, spec.shard_cells) == (7, "add", "drop", 9)
@@ -116,7 +119,11 @@ def test_a_corpus_has_settings_and_a_recipe_is_one_too(folder):
     ("text", "message"),
     [
         ('[[study]]\nfile = "a.h5ad"\n[[study]]\nfile = "a.h5ad"', "two studies have the name 'a'"),
-        ('[[study]]\nfile = "a.h5ad"\nstate = "scaled"', "state = 'scaled'; expected 'counts' or 'log1p'"),
+        ('[[study]]\nfile = "a.h5ad"\nmatrix_kind = "scaled"', "matrix_kind = 'scaled': expected 'counts' or 'log1p'"),
+        ('[[study]]\nfile = "a.h5ad"\nstate = "counts"', r"study\[1\]\.state is called matrix_kind now"),
+        ('unknown = "refse"\n[[study]]\nfile = "a.h5ad"', "unknown = 'refse': .*; did you mean 'refuse'"),
+        ('shard_cell = 9\n[[study]]\nfile = "a.h5ad"', "unknown setting 'shard_cell': .*; did you mean 'shard_cells'"),
+        ('shard_cells = 9.5\n[[study]]\nfile = "a.h5ad"', "shard_cells = 9.5: expected a whole number of at least 1"),
         ('[[study]]\nfile = "a.h5ad"\nobs = "none.csv"', r"training cells not found: .*none\.csv"),
     ],
 )  # fmt: skip

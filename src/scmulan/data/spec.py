@@ -1,4 +1,4 @@
-"""The reviewable text that says which files are training cells and what their columns mean (TOML).
+"""Corpus spec: the reviewable text that says which files are training cells and what their columns mean (TOML).
 
 ::
 
@@ -7,9 +7,9 @@
     [columns]                              # obs column of each metadata family, for all files
     organ = "organ"
     fine_type = "label"
-    donor = "donor"                        # no word, but what splits go by
+    donor = "donor"                        # no token: splits go by it
 
-    [rename.technology]                    # value → word; "" drops the value
+    [rename.technology]                    # value → name; "" drops the value
     "10X" = "10x"
 
     [[study]]
@@ -17,100 +17,164 @@
     fixed = { organ = "Blood" }
     name = "Kang 2018, labelled"           # in reports; default: the file's name
     group = "Kang 2018"                    # files of one group share their donors; default: the study's name
-    layer = "counts"                       # which matrix (and `state`, "counts" or "log1p"); default: found by looking
+    layer = "counts"                       # which matrix; default: detected
+    matrix_kind = "counts"                 # or "log1p": what it holds; default: detected
     obs = "one_cells.csv"                  # a table of cells for a file that has none (10x output)
     where = "is_primary_data == True"      # which cells, of a SOMA experiment
 
-The text of a corpus may also say ``vocabulary`` or ``genes``, ``unknown``, ``duplicates`` and ``shard_cells``
-(:class:`CorpusSpec`). A training recipe has the same text in its ``[data]``.
+A corpus has further settings, see :class:`CorpusText`. A training recipe has the same text in its ``[data]``.
+
+:class:`StudyText` and :class:`CorpusText` are what may be written; :class:`StudySpec` and :class:`CorpusSpec` are what
+it means, with defaults applied, paths resolved and metadata families known.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from scmulan._settings import Meta, convert, read_toml
 from scmulan.errors import RecipeError
 from scmulan.vocab.vocabulary import METADATA, Family, family_of_field
 
 DONOR = "donor"
 MatrixKind = Literal["counts", "log1p"]
-CHOICES = {"unknown": ("drop", "add", "refuse"), "duplicates": ("keep", "drop")}
+
+
+# -- the text -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class StudyText:
+    """Settings of one ``[[study]]``."""
+
+    file: str = ""
+    """h5ad file, zarr folder, 10x output (h5, or a folder with matrix.mtx), or SOMA experiment, in ``folder``."""
+    name: str | None = None
+    """Name of the study in reports; default: that of the file."""
+    group: str | None = None
+    """Files of one group share their donors; default: the study's name."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """obs column of each metadata family, and of ``donor``, beside those for all files."""
+    rename: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Value → name for each family, beside that for all files; an empty name drops the value."""
+    fixed: dict[str, str] = field(default_factory=dict)
+    """Name that all cells of the file share, for some families and ``donor``."""
+    layer: str | None = None
+    """Which matrix to read; default: detected."""
+    matrix_kind: MatrixKind | None = None
+    """What it holds; default: detected."""
+    where: str = ""
+    """Which cells of a SOMA experiment: a filter of obs as TileDB-SOMA understands it."""
+    obs: str | None = None
+    """Table of cells (CSV or TSV, names in the first column) that is joined to the file's own."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class StudiesText:
+    """Settings of files: ``[data]`` of a recipe."""
+
+    folder: str = "."
+    """Where the files are, relative to the text."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """obs column of each metadata family, and of ``donor``, for all files."""
+    rename: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Value → name for each family, for all files."""
+    study: list[StudyText] = field(default_factory=list)
+    """The files."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CorpusText(StudiesText):
+    """Settings of a corpus and its files."""
+
+    vocabulary: str = ""
+    """Vocabulary JSON, or "published"; "" makes a new one of ``genes`` genes and all metadata names."""
+    genes: Annotated[int, Meta(ge=1)] = 4000
+    """Number of genes of a new vocabulary, the most variable over all studies."""
+    unknown: Literal["drop", "add", "refuse"] = "drop"
+    """What to do with metadata names that a given vocabulary lacks."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Whether cells that repeat an earlier one stay."""
+    shard_cells: Annotated[int, Meta(ge=1)] = 60_000
+    """Largest number of cells in a shard."""
+
+
+# -- what it means --------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True, slots=True)
 class StudySpec:
-    """One file of cells."""
+    """One file of cells; see :class:`StudyText`."""
 
     file: Path
-    """h5ad file, zarr folder, 10x output (h5, or a folder with matrix.mtx), or SOMA experiment."""
+    """An existing file or folder."""
     name: str
     """Name of the study in reports."""
     columns: dict[Family, str]
     """obs column of each metadata family."""
     rename: dict[Family, dict[str, str]] = field(default_factory=dict)
-    """Value → word; an empty word drops the value."""
+    """Value → name; an empty name drops the value."""
     fixed: dict[Family, str] = field(default_factory=dict)
-    """Word that all cells of the file share."""
+    """Name that all cells of the file share."""
     group: str = ""
-    """Files of one group share their donors; by default each file is a group of its own."""
+    """Files of one group share their donors."""
     donor_column: str | None = None
     """obs column of donors."""
     donor: str = ""
     """Donor of all cells of the file."""
     layer: str | None = None
-    """Which matrix to read; found by looking unless given."""
+    """Which matrix to read; None: detected."""
     matrix_kind: MatrixKind | None = None
-    """What it holds; found by looking unless given."""
+    """What it holds; None: detected."""
     where: str = ""
-    """Which cells of a SOMA experiment: a filter of obs as TileDB-SOMA understands it."""
+    """Which cells of a SOMA experiment."""
     obs: Path | None = None
-    """Table of cells (CSV or TSV, names in the first column) that is joined to the file's own."""
+    """Table of cells that is joined to the file's own."""
 
     def metadata(self, obs: pd.DataFrame) -> dict[Family, pd.Series]:
-        """Words of each family per cell, as strings; an empty string means unknown."""
+        """Return the name of each known family per cell, as strings; an empty string means unknown."""
         out = {}
         for family in METADATA:
             if family in self.fixed:
-                words = np.full(len(obs), self.fixed[family], dtype=object)
+                names = np.full(len(obs), self.fixed[family], dtype=object)
             elif family in self.columns and self.columns[family] in obs:
-                words = _texts(obs[self.columns[family]])
+                names = _to_strings(obs[self.columns[family]])
             else:
                 continue
-            out[family] = pd.Series(words, index=obs.index, dtype=object).replace(self.rename.get(family, {}))
+            out[family] = pd.Series(names, index=obs.index, dtype=object).replace(self.rename.get(family, {}))
         return out
 
     def donors(self, obs: pd.DataFrame) -> np.ndarray:
-        """Donor of each cell, as strings; an empty string means unknown."""
+        """Return the donor of each cell, as strings; an empty string means unknown."""
         if self.donor or self.donor_column not in obs:
             return np.full(len(obs), self.donor, dtype=object)
-        return _texts(obs[self.donor_column])
+        return _to_strings(obs[self.donor_column])
 
 
-def _texts(column: pd.Series) -> np.ndarray:
-    """Values as stripped texts, "" where missing; each different value is looked at once."""
+def _to_strings(column: pd.Series) -> np.ndarray:
+    """Convert values to stripped strings, "" where missing; each different value is converted once."""
     codes, values = pd.factorize(column)
     return np.array([*(str(value).strip() for value in values), ""], dtype=object)[codes]
 
 
 @dataclass(kw_only=True, slots=True)
 class CorpusSpec:
-    """A corpus: its studies, and how they are written."""
+    """A corpus: its studies, and how they are written; see :class:`CorpusText`."""
 
     studies: list[StudySpec]
     """Files, in the order of their cells."""
     vocabulary: str = ""
-    """Vocabulary JSON, or "published"; "" makes a new one of ``genes`` gene words and all metadata words."""
+    """Path of a vocabulary, "published", or "" for a new one."""
     genes: int = 4000
-    """Gene words of a new vocabulary, the most variable over all studies."""
-    unknown: str = "drop"
-    """What to do with metadata words that a given vocabulary lacks: "drop", "add" or "refuse"."""
-    duplicates: str = "keep"
-    """Whether cells that repeat an earlier one stay: "keep" or "drop"."""
+    """Number of genes of a new vocabulary."""
+    unknown: Literal["drop", "add", "refuse"] = "drop"
+    """What to do with metadata names that a given vocabulary lacks."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Whether cells that repeat an earlier one stay."""
     shard_cells: int = 60_000
     """Largest number of cells in a shard."""
 
@@ -121,103 +185,116 @@ def read_corpus_spec(path: Path) -> CorpusSpec:
     Raises
     ------
     RecipeError
-        If it is no TOML, a setting is unknown or has a wrong value, or a file does not exist.
+        If the file is no TOML, a setting is unknown or has a wrong value, or a file does not exist.
+    VocabularyError
+        If a metadata family is unknown.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); expected the TOML text of a corpus") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML ({error})") from None
-    if "data" in raw and "study" not in raw:
-        words = raw.get("vocabulary", {})
-        own = {"vocabulary": words.get("file", "")} | ({"genes": words["genes"]} if "genes" in words else {})
-        raw = own | raw["data"]
-    own = {key: raw.pop(key) for key in ("vocabulary", "genes", *CHOICES, "shard_cells") if key in raw}
-    for key, choices in CHOICES.items():
-        if own.get(key, choices[0]) not in choices:
-            raise RecipeError(f"{path}: {key} = {own[key]!r}; expected {' or '.join(map(repr, choices))}")
-    for key in ("genes", "shard_cells"):
-        if not (isinstance(own.get(key, 1), int) and own.get(key, 1) > 0):
-            raise RecipeError(f"{path}: {key} = {own[key]!r}; expected a whole number above 0")
-    if own.get("vocabulary", "") not in ("", "published"):
-        file = path.parent / own["vocabulary"]
+    raw = read_toml(path, "a corpus")
+    if "data" in raw and "study" not in raw:  # a recipe
+        keys = {"file": "vocabulary", "genes": "genes"}
+        raw = {new: raw["vocabulary"][old] for old, new in keys.items() if old in raw.get("vocabulary", {})} | raw[
+            "data"
+        ]
+    text = convert(CorpusText, raw, str(path), renamed=_renamed(raw))
+    vocabulary = text.vocabulary
+    if vocabulary not in ("", "published"):
+        file = path.parent / vocabulary
         if not file.is_file():
             raise RecipeError(f"{path}: vocabulary {file} not found; give a vocabulary JSON, or 'published'")
-        own["vocabulary"] = str(file.resolve())
-    studies = read_spec(raw, path.parent)
+        vocabulary = str(file.resolve())
+    studies = _resolve_studies(text, path.parent)
     names = [study.name for study in studies]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RecipeError(f"{path}: two studies have the name {twice!r}; give them different ones (`name`)")
-    return CorpusSpec(studies=studies, **own)
+    return CorpusSpec(
+        studies=studies,
+        vocabulary=vocabulary,
+        genes=text.genes,
+        unknown=text.unknown,
+        duplicates=text.duplicates,
+        shard_cells=text.shard_cells,
+    )
 
 
-def read_spec(raw: Mapping[str, Any], base: Path) -> list[StudySpec]:
-    """Studies of a parsed TOML table; relative paths start at ``base``.
+def read_spec(
+    raw: Mapping[str, Any], base: Path, *, source: str = "the recipe", section: str = "data"
+) -> list[StudySpec]:
+    """Read the studies of a parsed TOML table.
+
+    Parameters
+    ----------
+    raw : mapping
+        The table.
+    base : Path
+        Folder of the text, where relative paths start.
+    source, section : str
+        Names of the text and of the table in it, for errors.
 
     Raises
     ------
     RecipeError
-        If a setting is unknown or a file does not exist.
+        If a setting is unknown or has a wrong value, or a file does not exist.
+    VocabularyError
+        If a metadata family is unknown.
     """
-    _only(raw, {"folder", "columns", "rename", "study"}, "[data]")
-    folder = (base / raw.get("folder", ".")).resolve()
-    columns, donor_column = _families(raw.get("columns", {}))
-    rename, _ = _families(raw.get("rename", {}))
+    text = convert(StudiesText, raw, source, section=section, renamed=_renamed(raw, f"{section}."))
+    return _resolve_studies(text, base)
+
+
+def _renamed(raw: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return former keys with their new ones."""
+    studies = raw.get("study", [])
+    return {f"{prefix}study[{i}].state": "matrix_kind" for i in range(1, 1 + len(studies))}
+
+
+def _resolve_studies(text: StudiesText, base: Path) -> list[StudySpec]:
+    """Apply what holds for all files to each of them, and find them."""
+    if not text.study:
+        raise RecipeError("the recipe's [data] names no [[study]]: there is nothing to train on")
+    folder = (base / text.folder).resolve()
+    columns, donor_column = _by_family(text.columns)
+    rename, _ = _by_family(text.rename)
     studies = []
-    known = {"file", "name", "columns", "rename", "fixed", "group", "layer", "state", "where", "obs"}
-    for entry in raw.get("study", []):
-        _only(entry, known, "[[study]]")
-        if "file" not in entry:
+    for study in text.study:
+        if not study.file:
             raise RecipeError("a [[study]] without `file`: name its h5ad file, relative to `folder`")
-        path = folder / entry["file"]
-        table = _table(folder, base, entry["obs"]) if "obs" in entry else None
+        path = folder / study.file
+        table = None if study.obs is None else _table(folder, base, study.obs)
         for wanted in (path, table):
             if wanted is not None and not wanted.exists():
                 raise RecipeError(
                     f"training cells not found: {wanted} (see `folder` and `file` in the recipe's [data])"
                 )
-        if entry.get("state", "counts") not in ("counts", "log1p"):
-            raise RecipeError(f"{entry['file']}: state = {entry['state']!r}; expected 'counts' or 'log1p'")
-        own_columns, own_donor = _families(entry.get("columns", {}))
-        fixed, donor = _families(entry.get("fixed", {}))
-        own = {f: {**rename.get(f, {}), **m} for f, m in _families(entry.get("rename", {}))[0].items()}
-        name = entry.get("name", path.stem)
+        own_columns, own_donor_column = _by_family(study.columns)
+        own_rename, _ = _by_family(study.rename)
+        fixed, donor = _by_family(study.fixed)
+        name = path.stem if study.name is None else study.name
         studies.append(
             StudySpec(
                 file=path,
                 name=name,
                 columns={**columns, **own_columns},
-                rename={**rename, **own},
+                rename={**rename, **{family: {**rename.get(family, {}), **own} for family, own in own_rename.items()}},
                 fixed=fixed,
-                group=entry.get("group", name),
-                donor_column=own_donor or donor_column,
+                group=name if study.group is None else study.group,
+                donor_column=own_donor_column or donor_column,
                 donor=donor or "",
-                layer=entry.get("layer"),
-                matrix_kind=cast("MatrixKind | None", entry.get("state")),
-                where=entry.get("where", ""),
+                layer=study.layer,
+                matrix_kind=study.matrix_kind,
+                where=study.where,
                 obs=table,
             )
         )
-    if not studies:
-        raise RecipeError("the recipe's [data] names no [[study]]: there is nothing to train on")
     return studies
 
 
 def _table(folder: Path, base: Path, name: str) -> Path:
-    """A table of cells lies beside the data, or, where those are nobody's to write to, beside the recipe."""
+    """Find a table of cells beside the data, or, where those are nobody's to write to, beside the text."""
     beside = base / name
     return beside.resolve() if beside.is_file() and not (folder / name).is_file() else folder / name
 
 
-def _families(raw: Mapping[str, Any]) -> tuple[dict[Family, Any], Any]:
-    """What is said of each family, and of donors."""
-    said = {family_of_field(key): value for key, value in raw.items() if key != DONOR}
-    return said, raw.get(DONOR)
-
-
-def _only(raw: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = set(raw) - known
-    if unknown:
-        raise RecipeError(f"unknown setting {sorted(unknown)[0]!r} in {where}: expected {', '.join(sorted(known))}")
+def _by_family(raw: Mapping[str, Any]) -> tuple[dict[Family, Any], Any]:
+    """Return the entries of metadata families, and that of donors."""
+    return {family_of_field(key): value for key, value in raw.items() if key != DONOR}, raw.get(DONOR)

@@ -177,7 +177,7 @@ class Recipe:
         if not self.validation:
             return []
         shared: dict[str, Any] = {k: self.data[k] for k in ("columns", "rename") if k in self.data}
-        return read_spec(shared | self.validation, base)
+        return read_spec(shared | self.validation, base, section="validation")
 
     def to_json(self) -> dict[str, Any]:
         """All settings, defaults included."""
