@@ -123,6 +123,8 @@ class _Converter:
     def convert(self, value: Any, kind: Any, path: str) -> Any:
         """Convert a value to an annotated type; containers here, for the names of their keys, leaves by msgspec."""
         plain, annotations = _unwrap(kind)
+        if value is None and _allows_none(kind):
+            return None
         if dataclasses.is_dataclass(plain) and isinstance(plain, type):
             return self._section(value, plain, path)
         origin, arguments = typing.get_origin(plain), typing.get_args(plain)
@@ -215,6 +217,12 @@ def _unwrap(kind: Any) -> tuple[Any, tuple[Any, ...]]:
             kind = kinds[0]
         else:
             return kind, annotations
+
+
+def _allows_none(kind: Any) -> bool:
+    while typing.get_origin(kind) is Annotated:
+        kind = kind.__origin__
+    return types.NoneType in typing.get_args(kind)
 
 
 def _names(kind: Any) -> Collection[str]:

@@ -81,7 +81,7 @@ def test_what_finetune_refuses(scmulan, folder, tiny, cells):
         return scmulan("finetune", tiny, cells, "-o", "out", *options).refused()
 
     assert "did you mean 'label'" in error("--labels", "labels")
-    assert "rate is -1.0" in error("--labels", "label", "--rate", -1)
+    assert "rate = -1.0: expected a number above 0" in error("--labels", "label", "--rate", -1)
     assert "expected FIELD=COLUMN" in error("--labels", "label", "--metadata", "organ")
     assert "--method" in error("--labels", "label", "--method", "magic")
     assert not os.listdir(folder)

@@ -11,8 +11,9 @@ import scipy.sparse as sp
 import torch
 
 import scmulan
+from scmulan._progress import Progress
 from scmulan.data.memory import store_from_adata
-from scmulan.errors import GeneError, InputError, ModelError, OutputError, RecipeError, ScmulanError, VocabularyError
+from scmulan.errors import GeneError, InputError, ModelError, OutputError, RecipeError, VocabularyError
 from scmulan.model.loading import save_model, verify_hashes
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train import finetune as module
@@ -77,6 +78,13 @@ def cells():
     return some_cells()
 
 
+class Lines(Progress):
+    """Progress that keeps what it is told."""
+
+    def __init__(self, lines):
+        self.log = lines.append
+
+
 @pytest.fixture(scope="module")
 def tuned(parent, tmp_path_factory):
     """Model, report and lines of one longer fine-tuning from a file, on which several tests look."""
@@ -88,7 +96,7 @@ def tuned(parent, tmp_path_factory):
     adata.write_h5ad(file)
     lines = []
     torch.set_num_threads(1)
-    report = finetune(parent, file, "type", folder / "model", steps=60, progress=lines.append)
+    report = finetune(parent, file, "type", folder / "model", steps=60, progress=Lines(lines))
     return folder / "model", report, lines, file
 
 
@@ -411,11 +419,13 @@ def test_the_default_length_follows_from_the_cells(parent, cells, tmp_path, monk
         ({"coarse": "typ"}, InputError, "no column 'typ' in obs; did you mean 'type'"),
         ({"metadata": {"flavour": "organ"}}, VocabularyError, "unknown metadata field 'flavour'"),
         ({"metadata": {"cell_type": "organ"}}, InputError, "metadata names 'cell_type': give that column as `labels`"),
-        ({"method": "magic"}, ScmulanError, r"method 'magic' is unknown: there is 'full' \(all weights"),
-        ({"steps": 0}, ScmulanError, "steps is 0: expected a positive number"),
-        ({"epochs": -1}, ScmulanError, "epochs is -1"),
-        ({"rate": float("nan")}, ScmulanError, "rate is nan"),
-        ({"validation_share": 0.9}, ScmulanError, r"validation_share is 0\.9: expected more than 0 and at most 0\.5"),
+        ({"method": "magic"}, RecipeError, "finetune: method = 'magic': expected 'full'"),
+        ({"steps": 0}, RecipeError, "finetune: steps = 0: expected a whole number of at least 1"),
+        ({"epochs": -1}, RecipeError, "epochs = -1: expected a number above 0"),
+        ({"rate": float("nan")}, RecipeError, "rate = nan"),
+        ({"validation_share": 0.9}, RecipeError, r"validation_share = 0\.9: expected a number above 0 and of at most"),
+        ({"matrix_kind": "log1"}, RecipeError, r"expected 'counts' or 'log1p'; did you mean 'log1p'\?"),
+        ({"epoch": 3}, RecipeError, r"finetune: unknown setting 'epoch': .*did you mean 'epochs'\?"),
         ({"model": "nowhere"}, ModelError, "no model 'nowhere'"),
         ({"data": "nowhere.h5ad"}, InputError, "nowhere.h5ad: no such file"),
         ({"out": "missing/m"}, OutputError, "there is no folder"),

@@ -2,14 +2,14 @@ import numpy as np
 import torch
 
 from scmulan.model.network import Mulan, MulanConfig
-from scmulan.train.gene_count import fit_gene_counts
+from scmulan.train.gene_count import CellGroups, fit_gene_counts
 from scmulan.vocab.vocabulary import Family
 
 
 def test_factors_make_the_expected_number_of_genes_that_of_the_cells(vocabulary, store):
     config = MulanConfig(vocabulary=len(vocabulary), layers=1, heads=2, width=32, set_state=True, bounded_genes=True)
     network = Mulan(config).initialise(0).eval()
-    depth = fit_gene_counts(network, store, vocabulary)
+    depth = fit_gene_counts(network, CellGroups.of(store, len(vocabulary)), vocabulary)
     number = np.diff(store.matrix.indptr)
     genes = vocabulary.ids(Family.GENE)
     fine = store.tokens(Family.FINE)
@@ -27,4 +27,4 @@ def test_factors_make_the_expected_number_of_genes_that_of_the_cells(vocabulary,
 
 
 def test_no_depth_without_bounded_genes(vocabulary, store, network):
-    assert fit_gene_counts(network, store, vocabulary) is None
+    assert fit_gene_counts(network, CellGroups.of(store, len(vocabulary)), vocabulary) is None

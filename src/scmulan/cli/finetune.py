@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from scmulan.cli import console, options
+from scmulan.train.finetune_config import FinetuneConfig
+
+DEFAULTS = FinetuneConfig()
 
 
 def finetune(
@@ -31,21 +34,25 @@ def finetune(
         str | None,
         typer.Option(metavar="COLUMN", help="Hold out whole donors by this obs column.", show_default=False),
     ] = None,
-    method: Annotated[Literal["full"], typer.Option(help="full: all weights are trained.")] = "full",
+    method: Annotated[Literal["full"], typer.Option(help="full: all weights are trained.")] = DEFAULTS.method,
     epochs: Annotated[
-        float | None, typer.Option(help="Most passes over the labelled cells.", show_default="30, 200–3,000 steps")
+        float | None, typer.Option(help="Most passes over the labelled cells.", show_default="20, 200–3,000 steps")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps.", show_default=False)] = None,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
-    validation_share: Annotated[float, typer.Option(help="Share of the labelled cells that is held out.")] = 0.1,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many checks without a better one.")] = 6,
+    validation_share: Annotated[
+        float, typer.Option(help="Fraction of the labelled cells that is held out.")
+    ] = DEFAULTS.validation_share,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Stop after so many checks without a better one.")
+    ] = DEFAULTS.patience,
     ontology: Annotated[
         bool, typer.Option("--ontology", help="A finer type is right where a label is coarser.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = DEFAULTS.seed,
     layer: options.Layer = None,
     matrix_kind: options.MatrixKind = None,
-    min_genes: options.MinGenes = 20,
+    min_genes: options.MinGenes = DEFAULTS.min_genes,
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
@@ -76,7 +83,7 @@ def finetune(
         matrix_kind=matrix_kind,
         min_genes=min_genes,
         force=force,
-        progress=console.log,
+        progress=console.PROGRESS,
     )
     if report["model"] is None:
         console.log("scmulan: interrupted; the same command continues from the last checkpoint")

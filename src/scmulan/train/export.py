@@ -17,7 +17,7 @@ from scmulan.model.loading import save_model
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.checkpoint import RunFolder, read_facts, read_tensors
 from scmulan.train.config import Recipe, recipe_from_json
-from scmulan.train.gene_count import Kinds, gene_counts_of
+from scmulan.train.gene_count import CellGroups, fit_gene_counts
 from scmulan.train.trainer import read_log
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
@@ -40,7 +40,7 @@ def remember_cells(run: Path, manifest: Sequence[Mapping[str, Any]], store: Cell
         "covered": covered(store),
     }
     (run / DATA).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    groups = Kinds.of(store, len(vocabulary))
+    groups = CellGroups.of(store, len(vocabulary))
     if groups is not None:
         groups.save(run / KINDS)
     vocabulary.save(run / "vocabulary.json")
@@ -145,7 +145,7 @@ def training_card(
     last: dict[str, Any] = {}
     for line in log:
         last.update({k: v for k, v in line.items() if k != "validation"})
-    groups = Kinds.load(run / KINDS) if (run / KINDS).is_file() else None
+    groups = CellGroups.load(run / KINDS) if (run / KINDS).is_file() else None
     return {
         "name": plan.name,
         "description": plan.description,
@@ -153,7 +153,7 @@ def training_card(
         "objective": plan.objective.name,
         "recipe": {k: v for k, v in plan.to_json().items() if k not in ("data", "validation")},
         **json.loads((run / DATA).read_text(encoding="utf-8")),
-        "depth": gene_counts_of(network, groups, vocabulary),
+        "depth": fit_gene_counts(network, groups, vocabulary),
         "steps": facts["step"],
         "steps_planned": plan.optimizer.steps,
         "words_read": facts["words"],

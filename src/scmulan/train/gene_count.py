@@ -1,8 +1,9 @@
-"""How many genes cells have, beyond what their prompt makes a trained model expect.
+"""Gene-count model: how many genes a generated cell has, given its prompt.
 
-The next-word objective fixes the odds of genes against each other well and their common level loosely. So the level is
-measured afterwards: for each kind of training cell (a type of a study) its mean number of gene words over the number
-that the model expects in the genes which that study measured, and from these ratios a factor for each metadata word.
+The next-token objective fixes the odds of genes against each other well and their common level loosely. So the level is
+measured after training: for each group of training cells (a cell type of a study) the ratio of its mean number of genes
+to the number that the model expects among the genes which that study measured, and from these ratios a factor for each
+metadata token.
 """
 
 from dataclasses import dataclass, fields
@@ -18,22 +19,22 @@ from scmulan.train.init import kinds
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 RIDGE = 0.5
-# Half of the cells of a kind must have a word for it to be in the kind's prompt.
-COMMON = 0.5
+# A token is in a group's prompt if more than this fraction of its cells have it.
+MIN_FRACTION = 0.5
 
 
 @dataclass
-class Kinds:
-    """Statistics of each kind of cell for :func:`gene_counts_of`: a few numbers each, so that a run can keep them.
+class CellGroups:
+    """Statistics of each group of cells: a few numbers each, so that a run can keep them without the cells.
 
     Parameters
     ----------
     has
-        Bool ``[kinds, V]``: metadata words that most cells of a kind have: its prompt.
+        Bool ``[groups, V]``: metadata tokens that most cells of a group have: its prompt.
     cells, genes, spread
-        ``[kinds]``: cells, their mean number of gene words, and the variance of its logarithm.
+        ``[groups]``: cells, their mean number of genes, and the variance of its logarithm.
     measured
-        Bool ``[kinds, genes]``: what the kind's study could have seen.
+        Bool ``[groups, genes]``: genes that the group's study measured.
     """
 
     has: np.ndarray
@@ -43,19 +44,19 @@ class Kinds:
     measured: np.ndarray
 
     @classmethod
-    def of(cls, store: CellSource, words: int) -> "Kinds | None":
-        """Kinds of a store's cells, with the number of words of the vocabulary; None where there are none."""
+    def of(cls, store: CellSource, vocabulary_size: int) -> "CellGroups | None":
+        """Summarise a store's cells; None where no group has enough of them."""
         groups = kinds(store)
         if not groups:
             return None
-        has = np.zeros((len(groups), words), dtype=bool)
+        has = np.zeros((len(groups), vocabulary_size), dtype=bool)
         genes, spread = np.zeros(len(groups)), np.zeros(len(groups))
         for i, cells in enumerate(groups):
             metadata = store.metadata[cells]
-            common = [w for w in np.unique(metadata[metadata >= 0]) if (metadata == w).any(1).mean() > COMMON]
-            has[i, common] = True
-            seen = store.lengths[cells].clip(min=1)
-            genes[i], spread[i] = seen.mean(), np.log(seen).var()
+            tokens = np.unique(metadata[metadata >= 0])
+            has[i, [t for t in tokens if (metadata == t).any(1).mean() > MIN_FRACTION]] = True
+            lengths = store.lengths[cells].clip(min=1)
+            genes[i], spread[i] = lengths.mean(), np.log(lengths).var()
         number = np.array([len(cells) for cells in groups])
         measured = store.measured[[store.study[cells[0]] for cells in groups]]
         return cls(has=has, cells=number, genes=genes, spread=spread, measured=measured)
@@ -65,26 +66,36 @@ class Kinds:
         np.savez_compressed(path, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
-    def load(cls, path: Path) -> "Kinds":
+    def load(cls, path: Path) -> "CellGroups":
         """Read what :meth:`save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             return cls(**{name: file[name] for name in file.files})
 
 
-def fit_gene_counts(model: Mulan, store: CellSource, vocabulary: Vocabulary) -> dict[str, Any] | None:
-    """Log-factors for the number of genes of generated cells, for a model's card; None without bounded genes."""
-    return gene_counts_of(model, Kinds.of(store, len(vocabulary)), vocabulary)
-
-
 @torch.inference_mode()
-def gene_counts_of(model: Mulan, groups: Kinds | None, vocabulary: Vocabulary) -> dict[str, Any] | None:
-    """Log-factors for the number of genes of generated cells, for a model's card; None without bounded genes.
+def fit_gene_counts(model: Mulan, groups: CellGroups | None, vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """Fit log-factors for the number of genes of generated cells, for the key ``depth`` of a model's card.
+
+    Parameters
+    ----------
+    model
+        Trained network.
+    groups
+        Statistics of its training cells.
+    vocabulary
+        Its vocabulary.
 
     Returns
     -------
-    dict
-        ``base``; ``words``: by family, by word; ``spread``: standard deviation of the logarithm of the number of genes
-        among cells of one kind. A prompt's factor is exp(base + the sum over its words).
+    dict or None
+        ``base``; ``words``: by family, by token; ``spread``: standard deviation of the logarithm of the number of genes
+        among cells of one group. A prompt's factor is exp(base + the sum over its tokens). None without groups, or for
+        a model without bounded genes, whose probabilities expect no number.
+
+    Notes
+    -----
+    ``base`` is the mean log-ratio of the groups, weighted by the square root of their cells; factors of tokens are a
+    ridge regression of what it leaves, with the same weights.
     """
     if not model.config.bounded_genes or groups is None:
         return None
@@ -94,19 +105,19 @@ def gene_counts_of(model: Mulan, groups: Kinds | None, vocabulary: Vocabulary) -
     for i, common in enumerate(groups.has):
         known = [*np.flatnonzero(common).tolist(), vocabulary.prompts["generate"]]
         prompt = torch.tensor([known], device=model.word.weight.device)
-        chance = model.entity_logits(model(prompt, torch.zeros_like(prompt))[0, -1])[genes].sigmoid().cpu().numpy()
-        ratio[i] = np.log(groups.genes[i] / chance[groups.measured[i]].sum())
+        logits = model.entity_logits(model(prompt, torch.zeros_like(prompt))[0, -1])[genes]
+        ratio[i] = np.log(groups.genes[i] / logits.sigmoid().cpu().numpy()[groups.measured[i]].sum())
     weight = np.sqrt(groups.cells)
-    words = np.flatnonzero(has.any(0))
     base = float((weight * ratio).sum() / weight.sum())
-    told = has[:, words] * np.sqrt(weight)[:, None]
-    factor = np.linalg.solve(told.T @ told + RIDGE * np.eye(len(words)), told.T @ ((ratio - base) * np.sqrt(weight)))
-    by_word = dict(zip(words.tolist(), factor.tolist(), strict=True))
+    tokens = np.flatnonzero(has.any(0))
+    x = has[:, tokens] * np.sqrt(weight)[:, None]
+    factor = np.linalg.solve(x.T @ x + RIDGE * np.eye(len(tokens)), x.T @ ((ratio - base) * np.sqrt(weight)))
+    by_token = dict(zip(tokens.tolist(), factor.tolist(), strict=True))
     return {
         "base": round(base, 4),
         "words": {
             str(family): {
-                vocabulary.tokens[w]: round(by_word[w], 4) for w in vocabulary.ids(family).tolist() if w in by_word
+                vocabulary.tokens[t]: round(by_token[t], 4) for t in vocabulary.ids(family).tolist() if t in by_token
             }
             for family in METADATA
         },

@@ -1,4 +1,4 @@
-"""What somebody's own cells are called: columns of ``obs`` as words, and which cells are held out."""
+"""Labels of somebody's own cells: columns of ``obs`` as metadata, and which cells are held out."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from scmulan.errors import InputError, VocabularyError
 from scmulan.vocab.ontology import Ontology
 from scmulan.vocab.vocabulary import Family, Vocabulary, family_of_field
 
-FEW = 5
-MOST_HELD_OUT = 500
+MIN_CELLS_PER_LABEL = 5  # fewer are hardly learned, and none of them is held out
+MAX_HELD_OUT = 500  # cells
 TYPES = (Family.COARSE, Family.FINE)
 
 
-def read_words(
+def read_metadata(
     obs: pd.DataFrame,
     labels: str,
     vocabulary: Vocabulary,
@@ -25,8 +25,9 @@ def read_words(
     *,
     coarse: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    stacklevel: int = 2,
 ) -> dict[Family, np.ndarray]:
-    """Words of each family per cell.
+    """Read metadata of cells from columns of ``obs``.
 
     Parameters
     ----------
@@ -35,13 +36,21 @@ def read_words(
     labels
         Column of cell types.
     vocabulary
-        Of the model to start from.
+        Vocabulary of the model to start from.
     source
         What to call the cells in errors.
     coarse
         Column of coarse types; by default what the ontology puts above the labels, see :func:`coarse_of`.
     metadata
-        Column of each further field; by default columns with names of fields, as far as the vocabulary has their words.
+        Column of each further field; by default columns with names of fields, as far as the vocabulary has their
+        tokens.
+    stacklevel
+        Frame that warnings point to, as in :func:`warnings.warn`; 2 is the caller.
+
+    Returns
+    -------
+    dict
+        For each family one string per cell, ``""`` where unknown.
 
     Raises
     ------
@@ -55,55 +64,56 @@ def read_words(
     UserWarning
         If labels have fewer than five cells.
     """
-    words: dict[Family, np.ndarray] = {}
+    found: dict[Family, np.ndarray] = {}
     for field, column in (metadata or {}).items():
         family = family_of_field(field)
         if family in TYPES:
             raise InputError(f"metadata names {field!r}: give that column as `labels` or `coarse`")
-        words[family] = read_column(obs, column, source)
+        found[family] = read_column(obs, column, source)
     if metadata is None:
-        words |= _known_fields(obs, {labels, coarse}, vocabulary, source)
-    words[Family.FINE] = read_column(obs, labels, source)
-    _check_labels(words[Family.FINE], labels, source)
+        found |= _known_fields(obs, {labels, coarse}, vocabulary, source)
+    found[Family.FINE] = read_column(obs, labels, source)
+    _check_labels(found[Family.FINE], labels, source, stacklevel + 1)
     if coarse is None:
-        words[Family.COARSE] = coarse_of(words[Family.FINE], vocabulary)
+        found[Family.COARSE] = coarse_of(found[Family.FINE], vocabulary)
     else:
-        words[Family.COARSE] = read_column(obs, coarse, source)
-    return words
+        found[Family.COARSE] = read_column(obs, coarse, source)
+    return found
 
 
 def _known_fields(
     obs: pd.DataFrame, taken: set[str | None], vocabulary: Vocabulary, source: str
 ) -> dict[Family, np.ndarray]:
-    words: dict[Family, np.ndarray] = {}
+    """Columns with names of fields, as far as the vocabulary has their tokens; upper and lower case are alike."""
+    found: dict[Family, np.ndarray] = {}
     for name in map(str, obs):
         try:
             family = family_of_field(name)
         except VocabularyError:
             continue
-        if family in TYPES or family in words or name in taken:
+        if family in TYPES or family in found or name in taken:
             continue
         spelled = {w.casefold(): w for w in vocabulary.names(family)}
-        words[family] = np.array([spelled.get(w.casefold(), "") for w in read_column(obs, name, source)], dtype=object)
-    return words
+        found[family] = np.array([spelled.get(w.casefold(), "") for w in read_column(obs, name, source)], dtype=object)
+    return found
 
 
-def _check_labels(words: np.ndarray, column: str, source: str) -> None:
-    found, number = np.unique(words[words != ""].astype(str), return_counts=True)
+def _check_labels(labels: np.ndarray, column: str, source: str, stacklevel: int) -> None:
+    found, number = np.unique(labels[labels != ""].astype(str), return_counts=True)
     if len(found) < 2:
         has = f"only {str(found[0])!r}" if len(found) else "no label at all"
         raise InputError(f"{source}: obs[{column!r}] has {has}; expected at least two different cell types")
-    few = [f"{name} ({n})" for name, n in zip(found, number, strict=True) if n < FEW]
+    few = [f"{name} ({n})" for name, n in zip(found, number, strict=True) if n < MIN_CELLS_PER_LABEL]
     if few:
         warnings.warn(
-            f"{source}: labels with fewer than {FEW} cells will hardly be learned: {', '.join(few)}",
+            f"{source}: labels with fewer than {MIN_CELLS_PER_LABEL} cells will hardly be learned: {', '.join(few)}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
 
 
 def coarse_of(labels: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Coarse type of each label: the closest one of the vocabulary that the ontology puts above it; else empty."""
+    """Find the coarse type of each label: the closest one of the vocabulary above it in the ontology, else ``""``."""
     ontology = Ontology.load()
     types = {name: ontology.find(name) for name in vocabulary.names(Family.COARSE)}
     above: dict[str, str] = {}
@@ -119,10 +129,10 @@ def coarse_of(labels: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def label_relations_among(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
-    """Which word satisfies which among the cell types that these cells have: bool ``[V, V]``.
+    """Find which cell types of these cells satisfy which: bool ``[V, V]``, as :func:`label_relations` has it.
 
-    Words that only the model's earlier cells had satisfy nothing here: somebody who calls cells "B cells" wants to
-    read that, not the "B cell" that the model said before.
+    Tokens that only the model's earlier cells had satisfy nothing here: somebody who calls cells "B cells" wants to
+    read that, not the "B cell" of the model.
     """
     out = np.eye(len(vocabulary), dtype=bool)
     ontology = Ontology.load()
@@ -133,11 +143,11 @@ def label_relations_among(store: CellStore, vocabulary: Vocabulary) -> np.ndarra
     return out
 
 
-def hold_out(store: CellStore, donors: np.ndarray | None, share: float, seed: int) -> np.ndarray:
-    """Labelled cells to choose the best weights with.
+def hold_out(store: CellStore, donors: np.ndarray | None, fraction: float, seed: int) -> np.ndarray:
+    """Choose labelled cells that are held out, to find the best weights with.
 
-    Without donors a share of each label that has at least five cells, and at least one cell of it. With donors whole
-    ones, as long as every label keeps cells to learn from.
+    Without donors, a fraction of each label that has at least five cells, and at least one cell of it. With donors,
+    whole donors, as long as every label keeps cells to learn from.
 
     Parameters
     ----------
@@ -145,10 +155,10 @@ def hold_out(store: CellStore, donors: np.ndarray | None, share: float, seed: in
         All cells.
     donors
         Donor of each cell (empty: unknown, never held out), or None.
-    share
-        Share of the labelled cells; at most about 500 cells are held out, whatever it is.
+    fraction
+        Fraction of the labelled cells; at most about 500 cells are held out, whatever it is.
     seed
-        Of the choice.
+        Seed of the choice.
 
     Returns
     -------
@@ -163,24 +173,24 @@ def hold_out(store: CellStore, donors: np.ndarray | None, share: float, seed: in
     rng = np.random.default_rng([seed, 1])
     label = store.tokens(Family.FINE)
     usable = np.flatnonzero((label >= 0) & (store.lengths > 0))
-    share = min(share, MOST_HELD_OUT / max(1, len(usable)))
+    fraction = min(fraction, MAX_HELD_OUT / max(1, len(usable)))
     if donors is not None:
-        return _hold_out_donors(label, usable, donors, share, rng)
+        return _hold_out_donors(label, usable, donors, fraction, rng)
     parts = []
-    for word in np.unique(label[usable]):
-        cells = usable[label[usable] == word]
-        if len(cells) >= FEW:
-            parts.append(rng.permutation(cells)[: max(1, round(share * len(cells)))])
+    for token in np.unique(label[usable]):
+        cells = usable[label[usable] == token]
+        if len(cells) >= MIN_CELLS_PER_LABEL:
+            parts.append(rng.permutation(cells)[: max(1, round(fraction * len(cells)))])
     if not parts:
         raise InputError(
-            f"no label has {FEW} cells that say a gene of the model, so none can be held out; "
+            f"no label has {MIN_CELLS_PER_LABEL} cells that say a gene of the model, so none can be held out; "
             "give more cells, or merge labels"
         )
     return np.sort(np.concatenate(parts))
 
 
 def _hold_out_donors(
-    label: np.ndarray, usable: np.ndarray, donors: np.ndarray, share: float, rng: np.random.Generator
+    label: np.ndarray, usable: np.ndarray, donors: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> np.ndarray:
     names = sorted(set(donors[usable]) - {""})
     held = np.zeros(len(label), dtype=bool)
@@ -189,7 +199,7 @@ def _hold_out_donors(
         more[usable[donors[usable] == name]] = True
         left = usable[~more[usable]]
         keeps_labels = set(label[left]) == set(label[usable])
-        if keeps_labels and (not held.any() or more.sum() <= share * len(usable)):
+        if keeps_labels and (not held.any() or more.sum() <= fraction * len(usable)):
             held = more
     if not held.any():
         raise InputError(
