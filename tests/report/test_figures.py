@@ -1,4 +1,4 @@
-"""Pictures: places, colours, and SVG that can stand in a page."""
+"""Figures: layout, colours, and SVG that can be part of a page."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from scmulan.report import figures
-from scmulan.report.layout import Plane, crowded_places, lay_out, principal_components, sample, spread_out
-from scmulan.report.results import COLOURS, OTHER, CellType, colours
-from scmulan.report.svg import INK, new_figure, shortened, style, to_svg
+from scmulan.report.layout import Layout, label_positions, lay_out, principal_components, push_apart, sample_rows
+from scmulan.report.results import OTHER_COLOUR, TYPE_COLOURS, CellType, type_colours
+from scmulan.report.svg import INK, new_figure, shorten, style, to_svg
 
-# What people with each deficiency see (linear RGB), Machado et al. 2009.
+# Colours as seen with each deficiency (linear RGB), Machado et al. 2009.
 SIGHT = {
     "normal": np.eye(3),
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
@@ -41,32 +41,32 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_can_be_told_apart(sight):
-    lab = oklab(np.clip(np.array([linear(c) for c in COLOURS]) @ np.array(SIGHT[sight]).T, 0, 1))
+    lab = oklab(np.clip(np.array([linear(c) for c in TYPE_COLOURS]) @ np.array(SIGHT[sight]).T, 0, 1))
     distance = np.linalg.norm(lab[:, None] - lab, axis=2) + np.eye(len(lab))
     assert distance.min() > 0.08
 
 
 def test_colours_show_on_paper_and_screen():
-    for colour in COLOURS:
+    for colour in TYPE_COLOURS:
         luminance = linear(colour) @ [0.2126, 0.7152, 0.0722]
         assert 1.05 / (luminance + 0.05) > 1.6 and (luminance + 0.05) / 0.06 > 1.9, colour
 
 
 def test_frequent_types_have_colours_and_unknown_is_grey():
     names = [f"type {i}" for i in range(14)]
-    chosen = colours([*names[:3], "unknown", *names[3:]], "unknown")
-    assert [chosen[name] for name in names[:12]] == list(COLOURS)
-    assert chosen["unknown"] == chosen["type 12"] == chosen["type 13"] == OTHER
+    chosen = type_colours([*names[:3], "unknown", *names[3:]], "unknown")
+    assert [chosen[name] for name in names[:12]] == list(TYPE_COLOURS)
+    assert chosen["unknown"] == chosen["type 12"] == chosen["type 13"] == OTHER_COLOUR
 
 
 def test_few_cells_are_laid_out_by_their_principal_components():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(30, 8)) * [9, 5, 1, 1, 1, 1, 1, 1]
-    plane = lay_out(values)
+    layout = lay_out(values)
     centred = values - values.mean(0)
     left, size, _ = np.linalg.svd(centred, full_matrices=False)
-    assert plane.method == "PCA"
-    np.testing.assert_allclose(np.abs(plane.xy), np.abs(left[:, :2] * size[:2]), rtol=1e-4)
+    assert layout.method == "PCA"
+    np.testing.assert_allclose(np.abs(layout.xy), np.abs(left[:, :2] * size[:2]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
@@ -78,7 +78,7 @@ def test_principal_components_of_tall_and_wide_tables(shape):
     np.testing.assert_allclose((values - mean) @ directions, scores)
 
 
-def test_one_cell_and_equal_cells_have_a_place():
+def test_one_cell_and_equal_cells_have_a_layout():
     assert lay_out(np.ones((1, 3))).xy.shape == (1, 2)
     assert np.isfinite(lay_out(np.ones((20, 3))).xy).all()
 
@@ -95,31 +95,31 @@ def test_umap_is_the_same_each_time_and_keeps_groups_apart():
 
 
 def test_cells_are_sampled_the_same_way_each_time():
-    assert np.array_equal(sample(5, 10), np.arange(5))
-    chosen = sample(1000, 100)
+    assert np.array_equal(sample_rows(5, 10), np.arange(5))
+    chosen = sample_rows(1000, 100)
     assert len(set(chosen)) == 100 and np.array_equal(chosen, np.sort(chosen))
-    assert np.array_equal(chosen, sample(1000, 100))
+    assert np.array_equal(chosen, sample_rows(1000, 100))
 
 
-def test_names_stand_where_their_type_is_crowded():
+def test_labels_are_where_their_type_is_densest():
     rng = np.random.default_rng(0)
-    crowd, stray = rng.normal(size=(80, 2)) * 0.1 + 5, rng.normal(size=(20, 2)) * 3 - 5
-    places = crowded_places(np.concatenate([crowd, stray]), np.array(["a"] * 100), ["a"])
-    assert np.linalg.norm(places[0] - 5) < 0.5
+    dense, stray = rng.normal(size=(80, 2)) * 0.1 + 5, rng.normal(size=(20, 2)) * 3 - 5
+    positions = label_positions(np.concatenate([dense, stray]), np.array(["a"] * 100), ["a"])
+    assert np.linalg.norm(positions[0] - 5) < 0.5
 
 
-def test_names_do_not_cover_each_other():
-    places = spread_out(np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [50.0, 50.0]]), 10)
-    distance = np.linalg.norm(places[:, None] - places, axis=2) + 99 * np.eye(4)
+def test_labels_do_not_cover_each_other():
+    positions = push_apart(np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [50.0, 50.0]]), 10)
+    distance = np.linalg.norm(positions[:, None] - positions, axis=2) + 99 * np.eye(4)
     assert distance.min() > 9.9
-    assert places[3].tolist() == [50, 50]
+    assert positions[3].tolist() == [50, 50]
 
 
 def types(n: int) -> list[CellType]:
     return [
         CellType(
-            number=i + 1, name=f"type {i}", cells=10, share=1 / n, probability=0.5, doubtful=0, ontology_id="",
-            trained_on=None, colour=COLOURS[i], shown=True,
+            number=i + 1, name=f"type {i}", cells=10, fraction=1 / n, probability=0.5, doubtful=0, ontology_id="",
+            trained_on=None, colour=TYPE_COLOURS[i], shown=True,
         )
         for i in range(n)
     ]  # fmt: skip
@@ -128,18 +128,18 @@ def types(n: int) -> list[CellType]:
 @pytest.mark.parametrize(("cells", "images"), [(300, 0), (20_000, 1)])
 def test_many_cells_become_one_image(cells, images):
     rng = np.random.default_rng(0)
-    plane = Plane(xy=rng.normal(size=(cells, 2)), method="UMAP")
+    layout = Layout(xy=rng.normal(size=(cells, 2)), method="UMAP")
     label = np.array([f"type {i}" for i in rng.integers(5, size=cells)], dtype=object)
-    svg = ET.fromstring(figures.map_by_type(plane, label, types(5)))
+    svg = ET.fromstring(figures.map_by_type(layout, label, types(5)))
     assert len(list(svg.iter("image"))) == images
     assert len(list(svg.iter("use"))) >= (0 if images else 300)
     assert len(ET.tostring(svg)) < 800_000
     assert [t.text for t in svg.iter("text")][:5] == ["1", "2", "3", "4", "5"]
 
 
-def test_probability_map_says_how_many_are_doubtful():
-    plane = Plane(xy=np.random.default_rng(0).normal(size=(100, 2)), method="UMAP")
-    svg = ET.fromstring(figures.map_by_probability(plane, np.linspace(0, 1, 100), 0.25))
+def test_probability_map_tells_how_many_are_doubtful():
+    layout = Layout(xy=np.random.default_rng(0).normal(size=(100, 2)), method="UMAP")
+    svg = ET.fromstring(figures.map_by_probability(layout, np.linspace(0, 1, 100), 0.25))
     assert "25 are below 0.25" in svg.attrib["aria-label"]
     points = [use.attrib["style"] for use in svg.iter("use")][:100]
     # The least probable ones are drawn last, over the others.
@@ -181,9 +181,9 @@ def test_any_text_stays_text(text):
 
 
 def test_long_and_unprintable_names_are_shortened():
-    assert shortened("B cell", 10) == "B cell"
-    assert shortened("CD4-positive T cell", 10) == "CD4-posit…"
-    assert shortened("a\x00b\nc", 9) == "a b c"
+    assert shorten("B cell", 10) == "B cell"
+    assert shorten("CD4-positive T cell", 10) == "CD4-posit…"
+    assert shorten("a\x00b\nc", 9) == "a b c"
 
 
 def test_figures_leave_matplotlib_as_it_was():

@@ -1,6 +1,6 @@
-"""Generated cells beside real ones, in the same genes and the same bins."""
+"""Comparison of generated cells with real ones, on the same genes and with the same levels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from scmulan._keys import UNKNOWN
 from scmulan.errors import InputError
-from scmulan.report.layout import FEW, Plane, lay_out, principal_components, sample
+from scmulan.report.layout import MIN_CELLS_FOR_UMAP, Layout, lay_out, principal_components, sample_rows
 from scmulan.report.markers import read_log1p
 from scmulan.report.results import Results
 from scmulan.vocab.binning import LEVELS, tokenize
@@ -18,36 +18,35 @@ from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
 from scmulan.vocab.ontology import Ontology
 from scmulan.vocab.vocabulary import Family
 
-MOST_CELLS = 1000
-MOST_PROMPTS = 4
-NEIGHBOURS = 15
-COMPONENTS = 30
-# Fewer cells say too little about which genes a type has.
-_ENOUGH = 20
-_PREFIX = "prompt_"
-_FIELDS = {Family.FINE: "cell type", Family.COARSE: "coarse cell type"}
+MAX_CELLS = 1000  # of each group
+MAX_PROMPTS = 4
+N_NEIGHBOURS = 15
+N_COMPONENTS = 30
+MIN_CELLS = 20  # fewer cells say too little about which genes a type has
+PROMPT_PREFIX = "prompt_"
+FIELD_NAMES = {Family.FINE: "cell type", Family.COARSE: "coarse cell type"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What a group of cells looks like, gene by gene and word by word."""
+    """Summary of a group of cells."""
 
-    words: np.ndarray
-    """Words of each cell, int."""
+    n_genes: np.ndarray
+    """``[cells]``: number of genes of each cell."""
     mean: np.ndarray
-    """Mean bin of each gene, 0 where a cell lacks it."""
+    """``[genes]``: mean level, 0 where a cell lacks the gene."""
     detected: np.ndarray
-    """Share of the cells that have the gene."""
+    """``[genes]``: fraction of the cells that have the gene."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
-    """How alike two groups of cells are in their genes."""
+class ProfileCorrelation:
+    """Similarity of two groups of cells."""
 
     mean: float
-    """Pearson's r of the genes' mean bins."""
+    """Pearson's r over genes of the mean levels."""
     detected: float
-    """Pearson's r of the genes' shares of cells that have them."""
+    """Pearson's r over genes of the fractions of cells that have the gene."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,44 +54,44 @@ class Comparison:
     """Generated cells of one prompt beside the real cells of its type."""
 
     prompt: dict[str, str]
-    """Field to word, in plain names; empty for cells written without a prompt."""
-    wanted: str | None
-    """Type (or coarse type) that the prompt asked for, or None."""
+    """Field → word, in plain names; empty for cells generated without a prompt."""
+    requested_type: str | None
+    """Type (or coarse type) in the prompt, or None."""
     real_types: list[str]
-    """Predicted types of the real cells compared with: the wanted one and finer ones."""
+    """Predicted types of the real cells compared with: the requested one and finer ones."""
     generated_cells: int
     """Generated cells of this prompt."""
     incomplete: int
-    """Those that were cut off at the longest sentence allowed."""
+    """Those that were cut off at the maximum length."""
     real_cells: int
     """Real cells of the type in the file."""
     compared: tuple[int, int]
-    """Generated and real cells looked at."""
+    """Generated and real cells that were compared."""
     genes: int
     """Genes that both have."""
-    words_in_all: float
-    """Mean words of a generated cell over all genes that were written, those that the data lack included."""
+    mean_generated_genes: float
+    """Mean number of genes of a generated cell, including genes that the real data lack."""
     generated: Profile
     """The generated cells."""
     real: Profile | None
     """The real cells of the type; None where there are none."""
-    agreement: Agreement | None
+    correlation: ProfileCorrelation | None
     """Generated against real cells of the type."""
-    halves: Agreement | None
-    """One random half of the real cells against the other: as near as chance allows."""
-    others: Agreement | None
-    """Real cells of other types against those of the type: how much any cell agrees."""
+    halves: ProfileCorrelation | None
+    """One random half of the real cells against the other: as similar as chance allows."""
+    others: ProfileCorrelation | None
+    """Real cells of other types against those of the type: how similar any cells are."""
     neighbours: tuple[float, float, float] | None
-    """Share of real cells of the type among the nearest real cells of a generated cell, of a real cell of the type,
-    and among all real cells looked at."""
-    plane: Plane
-    """Place of each cell drawn."""
-    kind: np.ndarray
+    """Fraction of real cells of the type among the nearest real cells of a generated cell, of a real cell of the type,
+    and among all real cells compared."""
+    layout: Layout
+    """Coordinates of each cell drawn."""
+    group: np.ndarray
     """``generated``, ``real`` or ``other`` for each cell drawn."""
 
 
 def compare(annotated: AnnData, results: Results, generated: AnnData, matrix: ExpressionMatrix) -> list[Comparison]:
-    """Compare generated cells with the real cells of the types that their prompts asked for, prompt by prompt.
+    """Compare generated cells with the real cells of the types in their prompts, prompt by prompt.
 
     Parameters
     ----------
@@ -117,126 +116,140 @@ def compare(annotated: AnnData, results: Results, generated: AnnData, matrix: Ex
     """
     if not generated.n_obs:
         raise InputError("the generated file has no cells (0 rows): nothing can be compared")
-    prompts: dict[tuple[tuple[str, str], ...], list[int]] = {}
-    columns = [str(c) for c in generated.obs if str(c).startswith(_PREFIX)]
+    rows_of_prompt: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    columns = _prompt_columns(generated)
     for row, words in enumerate(generated.obs[columns].astype(object).itertuples(index=False, name=None)):
-        prompt = tuple((c.removeprefix(_PREFIX), str(w)) for c, w in zip(columns, words, strict=True) if w == w and w)
-        prompts.setdefault(prompt, []).append(row)
-    largest = sorted(prompts.items(), key=lambda item: -len(item[1]))[:MOST_PROMPTS]
-    words = _Words(annotated, results, generated, matrix)
-    return [words.compare(dict(prompt), np.array(rows)) for prompt, rows in largest]
+        prompt = tuple(
+            (c.removeprefix(PROMPT_PREFIX), str(w)) for c, w in zip(columns, words, strict=True) if w == w and w
+        )
+        rows_of_prompt.setdefault(prompt, []).append(row)
+    largest = sorted(rows_of_prompt.items(), key=lambda item: -len(item[1]))[:MAX_PROMPTS]
+    cells = _SharedGenes(annotated, results, generated, matrix)
+    return [cells.compare(dict(prompt), np.array(rows)) for prompt, rows in largest]
 
 
 def count_prompts(generated: AnnData) -> int:
-    """Count the different prompts among generated cells."""
-    columns = [c for c in generated.obs if str(c).startswith(_PREFIX)]
+    """Count the distinct prompts of generated cells."""
+    columns = _prompt_columns(generated)
     return len(generated.obs[columns].astype(str).drop_duplicates()) if columns else 1
 
 
-class _Words:
-    """Real and generated cells as bins of the genes that both have."""
+def _prompt_columns(generated: AnnData) -> list[str]:
+    return [str(c) for c in generated.obs if str(c).startswith(PROMPT_PREFIX)]
+
+
+class _SharedGenes:
+    """Real and generated cells as levels of the genes that both have."""
 
     def __init__(self, annotated: AnnData, results: Results, generated: AnnData, matrix: ExpressionMatrix) -> None:
         genes = [str(name) for name in generated.var_names]
         match = match_genes(matrix.var, genes, source="the annotated cells", warn_below=0.0)
-        place = {gene: i for i, gene in enumerate(match.found)}
-        to_common = np.array([place.get(gene, -1) for gene in genes], dtype=np.int32)
-        self.columns = np.where(match.columns >= 0, to_common[match.columns], -1).astype(np.int32)
-        self.generated_columns = to_common
-        self.genes = len(match.found)
+        shared_index = {gene: i for i, gene in enumerate(match.found)}
+        self.generated_columns = np.array([shared_index.get(gene, -1) for gene in genes], dtype=np.int32)
+        self.real_columns = np.where(match.columns >= 0, self.generated_columns[match.columns], -1).astype(np.int32)
+        self.n_genes = len(match.found)
         self.annotated, self.results, self.generated, self.matrix = annotated, results, generated, matrix
-        self.written = choose_matrix(generated, layer="X", matrix_kind="log1p")
+        self.generated_matrix = choose_matrix(generated, layer="X", matrix_kind="log1p")
 
     def compare(self, prompt: dict[str, str], rows: np.ndarray) -> Comparison:
-        chosen = rows[sample(len(rows), MOST_CELLS)]
-        written = self._bins(self.written, chosen, self.generated_columns)
-        wanted, own = self._real(prompt)
-        cells = np.flatnonzero(own)
-        others = np.flatnonzero(~own & (self.results.status != "empty"))
-        real_rows, other_rows = cells[sample(len(cells), MOST_CELLS)], others[sample(len(others), MOST_CELLS)]
+        """Compare generated cells (rows of the generated file) with the real cells of the prompt's type."""
+        requested_type, of_type = self._select_real(prompt)
+        real_cells = np.flatnonzero(of_type)
+        other_cells = np.flatnonzero(~of_type & (self.results.status != "empty"))
+        generated_rows = rows[sample_rows(len(rows), MAX_CELLS)]
+        real_rows = real_cells[sample_rows(len(real_cells), MAX_CELLS)]
+        other_rows = other_cells[sample_rows(len(other_cells), MAX_CELLS)]
         both = np.sort(np.concatenate([real_rows, other_rows]))  # the matrix may be large: it is read once
-        measured = self._bins(self.matrix, both, self.columns)
+        measured = self._levels(self.matrix, both, self.real_columns)
         real, other = (measured[np.isin(both, part)] for part in (real_rows, other_rows))
-        profile = _profile(real) if len(real_rows) else None
-        halves = None
-        if len(real_rows) >= _ENOUGH:
-            order = np.random.default_rng(0).permutation(len(real_rows))
-            half = len(order) // 2
-            halves = _agreement(_profile(real[order[:half]]), _profile(real[order[half:]]))
-        plane, neighbours = _joint(written, real, other)
+        generated = self._levels(self.generated_matrix, generated_rows, self.generated_columns)
+        profile = _profile(real) if len(real) else None
+        layout, neighbours = _joint_layout(generated, real, other)
         obs = self.generated.obs.iloc[rows]
         return Comparison(
-            prompt={_FIELDS.get(Family(f), f) if f in list(Family) else f: word for f, word in prompt.items()},
-            wanted=wanted,
-            real_types=sorted(set(self.results.label[own])) if wanted else [],
+            prompt={FIELD_NAMES.get(Family(f), f) if f in list(Family) else f: word for f, word in prompt.items()},
+            requested_type=requested_type,
+            real_types=sorted(set(self.results.label[of_type])) if requested_type else [],
             generated_cells=len(rows),
             incomplete=int((~obs["complete"].astype(bool)).sum()) if "complete" in obs else 0,
-            real_cells=len(cells),
-            compared=(len(chosen), len(real_rows)),
-            genes=self.genes,
-            words_in_all=float(np.diff(read_log1p(self.written, chosen).indptr).mean()),
-            generated=_profile(written),
+            real_cells=len(real_cells),
+            compared=(len(generated), len(real)),
+            genes=self.n_genes,
+            mean_generated_genes=float(np.diff(read_log1p(self.generated_matrix, generated_rows).indptr).mean()),
+            generated=_profile(generated),
             real=profile,
-            agreement=_agreement(_profile(written), profile) if profile else None,
-            halves=halves,
-            others=_agreement(_profile(other), profile) if profile and len(other_rows) >= _ENOUGH else None,
+            correlation=_correlate(_profile(generated), profile) if profile else None,
+            halves=_correlate_halves(real) if len(real) >= MIN_CELLS else None,
+            others=_correlate(_profile(other), profile) if profile and len(other) >= MIN_CELLS else None,
             neighbours=neighbours,
-            plane=plane,
-            kind=np.repeat(["generated", "real", "other"], [len(chosen), len(real_rows), len(other_rows)]),
+            layout=layout,
+            group=np.repeat(["generated", "real", "other"], [len(generated), len(real), len(other)]),
         )
 
-    def _real(self, prompt: Mapping[str, str]) -> tuple[str | None, np.ndarray]:
-        """Type that a prompt asks for, and which real cells were given this type or a finer one."""
-        seen = self.results.status != "empty"
+    def _select_real(self, prompt: dict[str, str]) -> tuple[str | None, np.ndarray]:
+        """Return the type in a prompt, and whether each real cell has this type or a finer one."""
+        not_empty = self.results.status != "empty"
         for family, label in ((Family.FINE, self.results.label), (Family.COARSE, self.results.coarse)):
-            if wanted := prompt.get(str(family)):
-                names: Sequence[str] = [name for name in dict.fromkeys(label[seen]) if name != UNKNOWN]
-                fits = Ontology.load().label_matrix([wanted, *names])[0, 1:]
-                return wanted, seen & np.isin(label, [name for name, fit in zip(names, fits, strict=True) if fit])
-        return None, seen
+            if requested := prompt.get(str(family)):
+                names: Sequence[str] = [name for name in dict.fromkeys(label[not_empty]) if name != UNKNOWN]
+                is_kind = Ontology.load().label_matrix([requested, *names])[0, 1:]
+                kinds = [name for name, kind in zip(names, is_kind, strict=True) if kind]
+                return requested, not_empty & np.isin(label, kinds)
+        return None, not_empty
 
-    def _bins(self, matrix: ExpressionMatrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Bins 0…10 of some cells, uint8 ``[cells, genes]``, relative to each cell's largest value in these genes."""
-        if not len(rows):
-            return np.zeros((0, self.genes), dtype=np.uint8)
-        words = tokenize(read_log1p(matrix, rows), columns, self.genes, matrix_kind="log1p")
-        bins = np.zeros((len(rows), self.genes), dtype=np.uint8)
-        bins[np.repeat(np.arange(len(rows)), words.lengths), words.gene] = words.level
-        return bins
-
-
-def _profile(bins: np.ndarray) -> Profile:
-    return Profile(words=(bins > 0).sum(1), mean=bins.mean(0), detected=(bins > 0).mean(0))
+    def _levels(self, matrix: ExpressionMatrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return levels 0…10 of some cells, uint8 ``[cells, genes]``, relative to each cell's largest shared value."""
+        levels = np.zeros((len(rows), self.n_genes), dtype=np.uint8)
+        if len(rows):
+            tokens = tokenize(read_log1p(matrix, rows), columns, self.n_genes, matrix_kind="log1p")
+            levels[np.repeat(np.arange(len(rows)), tokens.lengths), tokens.gene] = tokens.level
+        return levels
 
 
-def _agreement(one: Profile, two: Profile) -> Agreement:
-    return Agreement(mean=_pearson(one.mean, two.mean), detected=_pearson(one.detected, two.detected))
+def _profile(levels: np.ndarray) -> Profile:
+    return Profile(n_genes=(levels > 0).sum(1), mean=levels.mean(0), detected=(levels > 0).mean(0))
+
+
+def _correlate(one: Profile, other: Profile) -> ProfileCorrelation:
+    return ProfileCorrelation(mean=_pearson(one.mean, other.mean), detected=_pearson(one.detected, other.detected))
+
+
+def _correlate_halves(levels: np.ndarray) -> ProfileCorrelation:
+    order = np.random.default_rng(0).permutation(len(levels))
+    half = len(order) // 2
+    return _correlate(_profile(levels[order[:half]]), _profile(levels[order[half:]]))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's r, NaN where one of the two does not vary."""
+    """Return Pearson's r, NaN where one of the two does not vary."""
     x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / size if size > 0 else float("nan")
+    norm = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / norm if norm > 0 else float("nan")
 
 
-def _joint(written: np.ndarray, real: np.ndarray, other: np.ndarray) -> tuple[Plane, tuple[float, float, float] | None]:
-    """Place all cells on one plane, and look at the nearest real cells of each.
+def _joint_layout(
+    generated: np.ndarray, real: np.ndarray, other: np.ndarray
+) -> tuple[Layout, tuple[float, float, float] | None]:
+    """Lay out all cells together, and find the nearest real cells of each (see ``Comparison.neighbours``).
 
-    The directions are those of the real cells where there are enough: what generated cells lack cannot turn them.
+    The principal components are those of the real cells where there are enough, so that what generated cells lack does
+    not turn them.
     """
-    everyone = np.concatenate([written, real, other]).astype(np.float32) / LEVELS
-    measured = everyone[len(written) :]
-    basis = measured if len(measured) >= FEW else everyone
-    _, mean, directions = principal_components(basis, COMPONENTS)
+    everyone = np.concatenate([generated, real, other]).astype(np.float32) / LEVELS
+    measured = everyone[len(generated) :]
+    basis = measured if len(measured) >= MIN_CELLS_FOR_UMAP else everyone
+    _, mean, directions = principal_components(basis, N_COMPONENTS)
     scores = (everyone - mean) @ directions
-    plane = lay_out(scores)
-    if not len(real) or not len(other) or len(measured) < FEW:
-        return plane, None
-    points = scores[len(written) :]
-    is_real = np.arange(len(points)) < len(real)
+    layout = lay_out(scores)
+    if not len(real) or not len(other) or len(measured) < MIN_CELLS_FOR_UMAP:
+        return layout, None
+    points = scores[len(generated) :]
+    is_of_type = np.arange(len(points)) < len(real)
     tree = cKDTree(points)
-    near = tree.query(scores[: len(written)], NEIGHBOURS)[1]
-    # The nearest cell of a real cell is itself.
-    own = tree.query(points[: len(real)], NEIGHBOURS + 1)[1][:, 1:]
-    return plane, (float(is_real[near].mean()), float(is_real[own].mean()), float(is_real.mean()))
+    near_generated = tree.query(scores[: len(generated)], N_NEIGHBOURS)[1]
+    near_real = tree.query(points[: len(real)], N_NEIGHBOURS + 1)[1][:, 1:]  # the nearest is the cell itself
+    return layout, (
+        float(is_of_type[near_generated].mean()),
+        float(is_of_type[near_real].mean()),
+        float(is_of_type.mean()),
+    )

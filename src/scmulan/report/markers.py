@@ -1,4 +1,4 @@
-"""Genes that tell the predicted types apart, found in the user's own values."""
+"""Marker genes of the predicted types, found in the user's own values."""
 
 import re
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from scmulan.vocab.gene_table import GeneTable
 from scmulan.vocab.genes import choose_names
 from scmulan.vocab.matrix import ExpressionMatrix
 
-CELLS_PER_TYPE = 500
-FEWEST_CELLS = 10
-GENES_PER_TYPE = 3
-LEAST_AUROC = 0.6
-_CANDIDATES = 30
-_LEAST_DETECTED = 0.1
-# They differ between cells of the same type more than between types.
-_LEFT_OUT = re.compile(r"(MT-|RP[LS]\d|MRP[LS]\d|RPLP\d|RPSA$)", re.IGNORECASE)
+MAX_CELLS_PER_TYPE = 500
+MIN_CELLS_PER_TYPE = 10
+MAX_GENES_PER_TYPE = 3
+MIN_AUROC = 0.6
+N_CANDIDATES = 30
+MIN_DETECTED = 0.1
+# Mitochondrial and ribosomal-protein genes differ between cells of one type more than between types.
+EXCLUDED_GENES = re.compile(r"(MT-|RP[LS]\d|MRP[LS]\d|RPLP\d|RPSA$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,26 +32,28 @@ class Markers:
     types: list[str]
     """Types with enough cells, in the order given."""
     cells: list[int]
-    """Cells of each type that were looked at."""
+    """Cells of each type that were used."""
     genes: list[str]
     """Marker genes as symbols, those of the first type first, best first."""
-    of: list[str]
+    marked_type: list[str]
     """Type that each gene marks."""
     auroc: np.ndarray
-    """``[genes]``: how well the gene alone tells the type from all other cells looked at; 0.5 is chance."""
+    """``[genes]``: area under the ROC curve of the gene for the type against all other cells used; 0.5 is chance."""
     mean: np.ndarray
     """``[genes, types]``: mean log1p of counts per 10,000."""
     detected: np.ndarray
-    """``[genes, types]``: share of the type's cells with a value above zero."""
+    """``[genes, types]``: fraction of the type's cells with a value above zero."""
 
     @property
     def by_type(self) -> list[tuple[str, list[tuple[str, float]]]]:
         """Each type with its genes and their AUROC."""
-        rows = list(zip(self.of, self.genes, self.auroc.tolist(), strict=True))
-        return [(name, [(gene, auroc) for of, gene, auroc in rows if of == name]) for name in self.types]
+        rows = list(zip(self.marked_type, self.genes, self.auroc.tolist(), strict=True))
+        return [(name, [(gene, auroc) for marked, gene, auroc in rows if marked == name]) for name in self.types]
 
 
-def find_markers(matrix: ExpressionMatrix, label: np.ndarray, types: Sequence[str]) -> Markers | None:
+def find_markers(
+    matrix: ExpressionMatrix, label: np.ndarray, types: Sequence[str], *, max_cells: int = MAX_CELLS_PER_TYPE
+) -> Markers | None:
     """Find the genes that mark each type best.
 
     Of the genes whose mean in a type is furthest above the mean of the other types' means, those with the largest
@@ -65,54 +67,56 @@ def find_markers(matrix: ExpressionMatrix, label: np.ndarray, types: Sequence[st
     label
         Type of each cell.
     types
-        Types to find markers of; those with few cells are left out.
+        Types to find markers of; those with fewer than ten cells are left out.
+    max_cells
+        Maximum number of cells per type, drawn at random.
 
     Returns
     -------
     Markers or None
         None where fewer than two types have enough cells.
     """
-    types = [name for name in types if (label == name).sum() >= FEWEST_CELLS]
+    types = [name for name in types if (label == name).sum() >= MIN_CELLS_PER_TYPE]
     if len(types) < 2:
         return None
     rng = np.random.default_rng(SEED)
-    chosen = [np.flatnonzero(label == name) for name in types]
-    chosen = [np.sort(rng.choice(c, CELLS_PER_TYPE, replace=False)) if len(c) > CELLS_PER_TYPE else c for c in chosen]
-    cells = np.sort(np.concatenate(chosen))
+    per_type = [np.flatnonzero(label == name) for name in types]
+    per_type = [rng.choice(rows, max_cells, replace=False) if len(rows) > max_cells else rows for rows in per_type]
+    cells = np.sort(np.concatenate(per_type))
     values = read_log1p(matrix, cells)
-    member = (label[cells][:, None] == np.array(types, dtype=object)).astype(np.float64)
-    n = member.sum(0)
-    mean = np.asarray(values.T @ member) / n
-    detected = np.asarray((values > 0).astype(np.float64).T @ member) / n
+    is_type = (label[cells][:, None] == np.array(types, dtype=object)).astype(np.float64)
+    n = is_type.sum(0)
+    mean = np.asarray(values.T @ is_type) / n
+    detected = np.asarray((values > 0).astype(np.float64).T @ is_type) / n
     symbols = gene_symbols(matrix.var)
-    usable = np.array([bool(name) and not _LEFT_OUT.match(name) for name in symbols])
-    lead = mean - (mean.sum(1, keepdims=True) - mean) / (len(types) - 1)
-    lead[~usable[:, None] | (detected < _LEAST_DETECTED)] = -np.inf
-    columns = np.unique(np.concatenate([_highest(lead[:, t], _CANDIDATES) for t in range(len(types))]))
+    usable = np.array([bool(name) and not EXCLUDED_GENES.match(name) for name in symbols])
+    excess = mean - (mean.sum(1, keepdims=True) - mean) / (len(types) - 1)
+    excess[~usable[:, None] | (detected < MIN_DETECTED)] = -np.inf
+    columns = np.unique(np.concatenate([_highest(excess[:, t], N_CANDIDATES) for t in range(len(types))]))
     if not len(columns):
         return None
-    auroc = _auroc(values[:, columns].toarray(), member)
-    rows, of = _choose(auroc, [symbols[c] for c in columns])
+    auroc = _auroc(values[:, columns].toarray(), is_type)
+    rows, marked = _choose(auroc, [symbols[c] for c in columns])
     return Markers(
         types=list(types),
-        cells=[int(k) for k in n],
+        cells=n.astype(int).tolist(),
         genes=[symbols[columns[row]] for row in rows],
-        of=[types[t] for t in of],
-        auroc=auroc[rows, of],
+        marked_type=[types[t] for t in marked],
+        auroc=auroc[rows, marked],
         mean=mean[columns[rows]],
         detected=detected[columns[rows]],
     )
 
 
 def read_log1p(matrix: ExpressionMatrix, cells: np.ndarray) -> sp.csr_matrix:
-    """Log1p values (counts per 10,000) of some cells, in one pass over a matrix.
+    """Read log1p values (of counts per 10,000) of some cells, in one pass over a matrix.
 
     Parameters
     ----------
     matrix
         Counts or log1p values.
     cells
-        Ascending numbers of the cells.
+        Rows of the cells, ascending.
 
     Returns
     -------
@@ -130,7 +134,7 @@ def read_log1p(matrix: ExpressionMatrix, cells: np.ndarray) -> sp.csr_matrix:
 
 
 def gene_symbols(var: pd.DataFrame) -> list[str]:
-    """Name of each gene as people know it: the approved symbol of an Ensembl id, otherwise the name as given."""
+    """Return the name of each gene for readers: the approved symbol of an Ensembl id, otherwise the name as it is."""
     table = GeneTable.load()
     return [
         (table.explain(name).symbol or name) if name.upper().startswith("ENSG") else name
@@ -139,29 +143,29 @@ def gene_symbols(var: pd.DataFrame) -> list[str]:
 
 
 def _highest(scores: np.ndarray, n: int) -> np.ndarray:
-    """Places of the highest positive scores."""
-    places = np.argsort(-scores, kind="stable")[:n]
-    return places[scores[places] > 0]
+    """Return the indices of the highest positive scores."""
+    indices = np.argsort(-scores, kind="stable")[:n]
+    return indices[scores[indices] > 0]
 
 
-def _auroc(values: np.ndarray, member: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of each gene for each type against all other cells, ``[genes, types]``."""
+def _auroc(values: np.ndarray, is_type: np.ndarray) -> np.ndarray:
+    """Return the area under the ROC curve of each gene for each type against all other cells, ``[genes, types]``."""
     ranks = rankdata(values, axis=0)
-    n = member.sum(0)
-    return ((ranks.T @ member) - n * (n + 1) / 2) / (n * (len(values) - n))
+    n = is_type.sum(0)
+    return ((ranks.T @ is_type) - n * (n + 1) / 2) / (n * (len(values) - n))
 
 
 def _choose(auroc: np.ndarray, symbols: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Genes of each type, best first, and the place of the type that each marks."""
+    """Return the rows of the marker genes, best first for each type, and the index of the type that each marks."""
     rows: list[int] = []
-    of: list[int] = []
+    marked: list[int] = []
     best = auroc.argmax(1)
     used: set[str] = set()
     for t in range(auroc.shape[1]):
-        own = [g for g in np.argsort(-auroc[:, t], kind="stable") if best[g] == t and auroc[g, t] >= LEAST_AUROC]
+        own = [g for g in np.argsort(-auroc[:, t], kind="stable") if best[g] == t and auroc[g, t] >= MIN_AUROC]
         for gene in own:
-            if symbols[gene] not in used and of.count(t) < GENES_PER_TYPE:
+            if symbols[gene] not in used and marked.count(t) < MAX_GENES_PER_TYPE:
                 used.add(symbols[gene])
                 rows.append(int(gene))
-                of.append(t)
-    return np.array(rows, dtype=np.int64), np.array(of, dtype=np.int64)
+                marked.append(t)
+    return np.array(rows, dtype=np.int64), np.array(marked, dtype=np.int64)

@@ -1,7 +1,4 @@
-"""From annotated cells to one HTML file.
-
-A report from file to file.
-"""
+"""Report on annotated cells as one HTML file: from files, from AnnData, and the content of its sections."""
 
 import datetime
 import os
@@ -22,13 +19,22 @@ from scmulan._keys import CELL_TYPE
 from scmulan.errors import OutputError, ScmulanError
 from scmulan.model.folder import read_card, resolve_model
 from scmulan.report import text
-from scmulan.report.results import OTHER, REAL, WRITTEN, Results, find_card, read_info, read_results
+from scmulan.report.compare import Comparison
+from scmulan.report.results import (
+    GENERATED_COLOUR,
+    OTHER_COLOUR,
+    REAL_COLOUR,
+    Results,
+    find_card,
+    read_info,
+    read_results,
+)
 from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
 
-MOST_DRAWN = 20_000
-MOST_NAMED = 50
-# Settings of the generation in the order and the words in which the page gives them.
-_SETTINGS = {
+MAX_CELLS_DRAWN = 20_000
+MAX_CELLS_LISTED = 50
+# Parameters of the generation in the order of the page, and their names there.
+GENERATION_PARAMETERS = {
     "n": "Cells",
     "seed": "Seed",
     "temperature": "Temperature",
@@ -37,7 +43,54 @@ _SETTINGS = {
     "max_words": "Most words",
     "panel": "Genes allowed",
 }
-_EXTRAS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "umap": "umap-learn"}
+# Module → package.
+PACKAGES = {"jinja2": "jinja2", "matplotlib": "matplotlib", "umap": "umap-learn"}
+
+
+def report_file(
+    annotated: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    generated: str | os.PathLike[str] | None = None,
+    model: str | Path | None = None,
+    title: str | None = None,
+    command: str = "",
+    force: bool = False,
+) -> None:
+    """Write a report on a file of annotated cells: one HTML file that needs nothing else.
+
+    Parameters
+    ----------
+    annotated
+        Output of ``scmulan annotate``; its matrices are never loaded whole.
+    out
+        HTML file.
+    generated
+        Output of ``scmulan generate``.
+    model
+        Model that was used, for its card; a packaged one is found by the hash of its weights.
+    title, command
+        As in :func:`scmulan.report.write_report`.
+    force
+        Replace an existing page.
+
+    Raises
+    ------
+    ScmulanError
+        If anything cannot be used as given; then nothing is written.
+    """
+    inputs = [Path(path) for path in (annotated, generated) if path is not None]
+    if any(os.path.realpath(path) == os.path.realpath(out) for path in inputs):
+        raise OutputError(f"{out}: is an input too; give another path for the page")
+    check_output(out, force, suffixes=(".html", ".htm"))
+    card = None if model is None else read_card(resolve_model(model))
+    with ExitStack() as stack:
+        opened = [open_input(path, backed=True) for path in inputs]
+        for adata in opened:
+            if adata.isbacked:
+                stack.callback(adata.file.close)
+        cells, generated_cells = (*opened, None)[:2]
+        write_report(cells, out, generated=generated_cells, command=command, title=title, card=card)
 
 
 def write_report(
@@ -49,7 +102,7 @@ def write_report(
     title: str | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a report on annotated cells: one HTML file that needs nothing else, for a person to read.
+    """Write a report on annotated cells: one HTML file that needs nothing else.
 
     Parameters
     ----------
@@ -59,13 +112,13 @@ def write_report(
     path
         File to write; one that exists is replaced.
     generated
-        Cells of :func:`scmulan.tl.generate`, to be shown beside the real cells of their type.
+        Cells of :func:`scmulan.tl.generate`, shown beside the real cells of their type.
     command
         Command that made the report, shown in it.
     title
         Heading of the page.
     card
-        Training card of the model (``card`` of a loaded model), which says what it knows. That of a packaged model
+        Training card of the model (``card`` of a loaded model): what it was trained on. The card of a packaged model
         is found by the hash of its weights.
 
     Raises
@@ -79,7 +132,7 @@ def write_report(
     OutputError
         If the file cannot be written; nothing is left behind then.
     """
-    missing = [package for module, package in _EXTRAS.items() if find_spec(module) is None]
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise ScmulanError(f"a report needs {' and '.join(missing)}: pip install 'scmulan[report]'")
     html = render(annotated, generated=generated, command=command, title=title, card=card)
@@ -106,7 +159,10 @@ def render(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=PackageLoader("scmulan.report"),
     )  # fmt: skip
-    environment.filters.update(percent=text.percent, n="{:,}".format, listed=text.listed)
+    environment.filters.update(percent=text.percent, n="{:,}".format)
+    maps = _draw_maps(results)
+    markers = _draw_markers(results, matrix)
+    method = maps["map_method"]
     content = {
         "title": title or "Cell types by scMulan",
         "lead": text.lead(results, generated.n_obs if generated is not None else 0),
@@ -120,93 +176,100 @@ def render(
         "model_texts": text.model_texts(card) if card else [],
         "key": CELL_TYPE,
         "row_of": {row.name: row for row in results.types},
-        "real": REAL,
-        "written": WRITTEN,
-        "other": OTHER,
-        "doubtful": _doubtful(annotated, results),
-        **_prediction(results, matrix),
-        **_generation(annotated, results, generated, matrix),
+        "real_colour": REAL_COLOUR,
+        "generated_colour": GENERATED_COLOUR,
+        "other_colour": OTHER_COLOUR,
+        "doubtful": _list_doubtful(annotated, results),
+        **maps,
+        **markers,
+        "generated": None if generated is None else _compare_generated(annotated, results, generated, matrix),
+        "methods": text.methods_text(
+            results, card, _describe_matrix(matrix), method, markers=markers["markers"] is not None
+        ),
         "command": command,
         "versions": _versions(),
         "date": datetime.date.today().isoformat(),
     }
-    plane, markers = content["plane"], content["markers"]
-    content["map_text"] = text.map_text(results, content["drawn"], plane.method) if plane else None
-    content["methods"] = text.methods_text(
-        results, card, _matrix_words(matrix), plane.method if plane else None, markers is not None
-    )
     return environment.get_template("report.html").render(content)
 
 
-def _prediction(results: Results, matrix: ExpressionMatrix) -> dict[str, Any]:
-    """Draw maps and marker genes."""
+def _draw_maps(results: Results) -> dict[str, Any]:
+    """Draw maps of the cells by type and by probability, from their embedding."""
     from markupsafe import Markup
 
     from scmulan.report import figures
-    from scmulan.report.layout import lay_out, sample
-    from scmulan.report.markers import find_markers
+    from scmulan.report.layout import lay_out, sample_rows
 
-    content: dict[str, Any] = {"plane": None, "drawn": 0, "type_map": None, "probability_map": None}
-    if results.embedding is not None:
-        cells = np.flatnonzero(results.status != "empty")
-        cells = cells[sample(len(cells), MOST_DRAWN)]
-        content["drawn"] = len(cells)
-        if len(cells):
-            plane = content["plane"] = lay_out(results.embedding[cells])
-            content["type_map"] = Markup(figures.map_by_type(plane, results.label[cells], results.types))
-            if np.isfinite(results.probability[cells]).all():
-                svg = figures.map_by_probability(plane, results.probability[cells], results.threshold)
-                content["probability_map"] = Markup(svg)
-    shown = [row.name for row in results.types if row.shown]
-    label = np.where(results.status == "empty", "", results.label)
-    markers = content["markers"] = find_markers(matrix, label, shown)
-    content["dot_plot"] = Markup(figures.dot_plot(markers, results.types)) if markers and markers.genes else None
+    content: dict[str, Any] = dict.fromkeys(("map_method", "map_text", "type_map", "probability_map"))
+    cells = np.flatnonzero(results.status != "empty")
+    if results.embedding is None or not len(cells):
+        return content
+    cells = cells[sample_rows(len(cells), MAX_CELLS_DRAWN)]
+    layout = lay_out(results.embedding[cells])
+    content["map_method"] = layout.method
+    content["map_text"] = text.map_text(results, len(cells), layout.method)
+    content["type_map"] = Markup(figures.map_by_type(layout, results.label[cells], results.types))
+    if np.isfinite(results.probability[cells]).all():
+        svg = figures.map_by_probability(layout, results.probability[cells], results.threshold)
+        content["probability_map"] = Markup(svg)
     return content
 
 
-def _generation(
-    annotated: AnnData, results: Results, generated: AnnData | None, matrix: ExpressionMatrix
-) -> dict[str, Any]:
-    """Compare generated cells with real ones."""
-    if generated is None:
-        return {"generated": None}
+def _draw_markers(results: Results, matrix: ExpressionMatrix) -> dict[str, Any]:
+    """Find the marker genes of the types and draw them."""
     from markupsafe import Markup
 
-    from scmulan.report import compare, figures
+    from scmulan.report import figures
+    from scmulan.report.markers import find_markers
+
+    label = np.where(results.status == "empty", "", results.label)
+    markers = find_markers(matrix, label, [row.name for row in results.types if row.shown])
+    dot_plot = Markup(figures.dot_plot(markers, results.types)) if markers and markers.genes else None
+    return {"markers": markers, "dot_plot": dot_plot}
+
+
+def _compare_generated(
+    annotated: AnnData, results: Results, generated: AnnData, matrix: ExpressionMatrix
+) -> dict[str, Any]:
+    """Compare generated cells with real ones, and draw the comparisons."""
+    from scmulan.report import compare
 
     comparisons = compare.compare(annotated, results, generated, matrix)
     settings = read_info(generated)
-    used = settings.get("parameters", {}).get("generate", {})
-    pictures = []
-    for i, comparison in enumerate(comparisons):
-        drawn = {
-            "words": figures.words_per_cell(comparison, f"words-{i}"),
-            "map": figures.joint_map(comparison, f"joint-{i}"),
-        }
-        if comparison.real is not None:
-            drawn["mean"] = figures.gene_scatter(comparison, "mean", f"mean-{i}")
-            drawn["detected"] = figures.gene_scatter(comparison, "detected", f"detected-{i}")
-        pictures.append({name: Markup(svg) for name, svg in drawn.items()} | {"text": text.comparison_text(comparison)})
+    parameters = settings.get("parameters", {}).get("generate", {})
     return {
-        "generated": {
-            "cells": generated.n_obs,
-            "prompts": compare.count_prompts(generated),
-            "comparisons": list(zip(comparisons, pictures, strict=True)),
-            "settings": settings,
-            "parameters": {text: used[name] for name, text in _SETTINGS.items() if name in used},
-            "notes": text.generation_notes(results, settings, comparisons, generated.n_vars),
-        }
+        "cells": generated.n_obs,
+        "prompts": compare.count_prompts(generated),
+        "comparisons": [(c, _draw_comparison(c, i)) for i, c in enumerate(comparisons)],
+        "settings": settings,
+        "parameters": {label: parameters[name] for name, label in GENERATION_PARAMETERS.items() if name in parameters},
+        "notes": text.generation_notes(results, settings, comparisons, generated.n_vars),
     }
 
 
-def _doubtful(annotated: AnnData, results: Results) -> dict[str, Any]:
-    """Which cells should be looked at again: the least probable ones by name, and which types exclude each other."""
+def _draw_comparison(comparison: Comparison, number: int) -> dict[str, str]:
+    from markupsafe import Markup
+
+    from scmulan.report import figures
+
+    drawn = {
+        "n_genes": figures.genes_per_cell(comparison, f"words-{number}"),
+        "map": figures.joint_map(comparison, f"joint-{number}"),
+    }
+    if comparison.real is not None:
+        drawn["mean"] = figures.gene_scatter(comparison, "mean", f"mean-{number}")
+        drawn["detected"] = figures.gene_scatter(comparison, "detected", f"detected-{number}")
+    return {name: Markup(svg) for name, svg in drawn.items()} | {"text": text.comparison_text(comparison)}
+
+
+def _list_doubtful(annotated: AnnData, results: Results) -> dict[str, Any]:
+    """List the cells to look at again: the least probable ones by name, and which types exclude each other."""
     cells = np.flatnonzero(results.status != "confident")
-    order = cells[np.argsort(results.probability[cells], kind="stable")][:MOST_NAMED]
+    order = cells[np.argsort(results.probability[cells], kind="stable")][:MAX_CELLS_LISTED]
     names = annotated.obs_names
-    clash = results.status == "conflict"
+    conflict = results.status == "conflict"
     pairs: dict[tuple[str, str], int] = {}
-    for pair in zip(results.label[clash], results.coarse[clash], strict=True):
+    for pair in zip(results.label[conflict], results.coarse[conflict], strict=True):
         pairs[pair] = pairs.get(pair, 0) + 1
     return {
         "cells": len(cells),
@@ -219,61 +282,12 @@ def _doubtful(annotated: AnnData, results: Results) -> dict[str, Any]:
     }
 
 
-def _matrix_words(matrix: ExpressionMatrix) -> str:
+def _describe_matrix(matrix: ExpressionMatrix) -> str:
     if matrix.matrix_kind == "counts":
         return f"the counts in {matrix.where} (normalised to 10,000 per cell and log-transformed)"
     return f"the log1p values in {matrix.where}"
 
 
 def _versions() -> dict[str, str]:
-    found = {
-        "scmulan": scmulan.__version__,
-        "python": platform.python_version(),
-    }
-    return found | {name: version(name) for name in ("anndata", "numpy", "scipy", "umap-learn", "matplotlib")}
-
-
-def report_file(
-    annotated: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    generated: str | os.PathLike[str] | None = None,
-    model: str | Path | None = None,
-    title: str | None = None,
-    command: str = "",
-    force: bool = False,
-) -> None:
-    """Write a report on a file of annotated cells.
-
-    Parameters
-    ----------
-    annotated
-        What ``scmulan annotate`` wrote; its matrices are never loaded whole.
-    out
-        HTML file.
-    generated
-        What ``scmulan generate`` wrote.
-    model
-        Model that was used, whose card says what it knows; a packaged one is found without being named.
-    title, command
-        As in :func:`scmulan.report.write_report`.
-    force
-        Replace a page that exists.
-
-    Raises
-    ------
-    ScmulanError
-        If anything cannot be used as given; then nothing is written.
-    """
-    inputs = [Path(path) for path in (annotated, generated) if path is not None]
-    if any(os.path.realpath(path) == os.path.realpath(out) for path in inputs):
-        raise OutputError(f"{out}: is an input too; give another path for the page")
-    check_output(out, force, suffixes=(".html", ".htm"))
-    card = None if model is None else read_card(resolve_model(model))
-    with ExitStack() as stack:
-        open_study = [open_input(path, backed=True) for path in inputs]
-        for adata in open_study:
-            if adata.isbacked:
-                stack.callback(adata.file.close)
-        cells, written = (*open_study, None)[:2]
-        write_report(cells, out, generated=written, command=command, title=title, card=card)
+    own = {"scmulan": scmulan.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in ("anndata", "numpy", "scipy", "umap-learn", "matplotlib")}

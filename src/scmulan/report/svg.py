@@ -1,4 +1,4 @@
-"""From a matplotlib figure to SVG that belongs to its page: its fonts, its ink in light and dark, its own ids."""
+"""Write matplotlib figures as SVG for a page: with the page's fonts, its colours in light and dark, and unique ids."""
 
 import io
 import re
@@ -11,9 +11,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# Colours that matplotlib draws with and that the page replaces by its own, for light and dark alike.
+# Placeholders that matplotlib draws with; the page replaces them by its own colours, in light and dark.
 INK, MUTED, SURFACE, RULE = "#010101", "#020202", "#030303", "#040404"
-# A scale from nothing to most, light to dark on paper and the other way round on a dark screen.
+# Colour scale from zero to the maximum: light to dark on paper, the other way round on a dark screen.
 SCALE = tuple(f"#0101{step:02x}" for step in range(0x10, 0x1A))
 _PAGE_COLOURS = {
     INK: "currentColor", MUTED: "var(--muted)", SURFACE: "var(--surface)", RULE: "var(--rule)",
@@ -42,7 +42,7 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Figure of a size in CSS pixels, without a background."""
+    """Make a figure of a size in CSS pixels, without background."""
     figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), dpi=POINTS_PER_INCH)
     figure.patch.set_visible(False)
     return figure
@@ -50,22 +50,22 @@ def new_figure(width: float, height: float) -> Figure:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw and write figures of a page within this context."""
+    """Set matplotlib up for figures of the page; they are drawn and written within this context."""
     with matplotlib.rc_context(_SETTINGS):
         yield
 
 
 def to_svg(figure: Figure, key: str, label: str) -> str:
-    """Write a figure as an ``<svg>`` element to be put into HTML.
+    """Write a figure as an ``<svg>`` element for HTML.
 
     Parameters
     ----------
     figure
         Drawn with the colours of this module.
     key
-        Starts every id of the element; another for each figure of a page.
+        Prefix of every id of the element; unique among the figures of a page.
     label
-        What a person who cannot see the figure should know.
+        Description of the figure, for those who cannot see it.
 
     Returns
     -------
@@ -74,14 +74,14 @@ def to_svg(figure: Figure, key: str, label: str) -> str:
     """
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # The page's fonts show what the font that matplotlib measures with may lack.
+        # The browser draws with the page's fonts, not with the font that matplotlib measures with.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(file, format="svg", dpi=_RASTER_DPI, transparent=True, metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
     width, height = (float(root.attrib.pop(name).removesuffix("pt")) for name in ("width", "height"))
     for parent in list(root.iter()):
         for child in list(parent):
-            # A style sheet inside would rule the whole page; the metadata say nothing about the cells.
+            # A style sheet inside would apply to the whole page; the metadata say nothing about the cells.
             if child.tag.endswith(("}style", "}metadata")):
                 parent.remove(child)
     for element in root.iter():
@@ -105,8 +105,8 @@ def _attribute(name: str, value: str, key: str) -> tuple[str, str]:
     value = _REFERENCE.sub(f"url(#{key}-", value)
     if name == "style":
         value = "; ".join(_declarations(value))
-        for drawn, wanted in _PAGE_COLOURS.items():
-            value = value.replace(drawn, wanted)
+        for placeholder, colour in _PAGE_COLOURS.items():
+            value = value.replace(placeholder, colour)
     return name, value
 
 
@@ -129,7 +129,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def shortened(text: str, most: int) -> str:
-    """Return text of at most so many characters."""
+def shorten(text: str, max_length: int) -> str:
+    """Cut text to at most so many characters."""
     text = printable(text)
-    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+    return text if len(text) <= max_length else f"{text[: max_length - 1].rstrip()}…"

@@ -1,7 +1,4 @@
-"""The sentences of the page: what was done, and what to beware of.
-
-What a reader needs to tell others how the results came about.
-"""
+"""Sentences of the page: summary, warnings, captions and a paragraph for a methods section."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,18 +8,18 @@ from typing import Any
 
 from scmulan._keys import UNKNOWN
 from scmulan.report.compare import Comparison
-from scmulan.report.layout import MIN_DIST, NEIGHBOURS, SEED
-from scmulan.report.markers import CELLS_PER_TYPE
+from scmulan.report.layout import MIN_DIST, N_NEIGHBOURS, SEED
+from scmulan.report.markers import MAX_CELLS_PER_TYPE
 from scmulan.report.results import Results
 
-LITTLE_COVERAGE = 0.5
-FEW_WORDS = 100
-MANY_DOUBTFUL = 0.3
+MIN_COVERAGE = 0.5
+MIN_GENES_PER_CELL = 100
+MAX_DOUBTFUL_FRACTION = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something a reader should know before trusting a number."""
+    """Warning or remark beside the numbers."""
 
     kind: str
     """``warning`` or ``note``."""
@@ -30,11 +27,11 @@ class Note:
     """One or two sentences."""
 
 
-def percent(share: float) -> str:
-    """Share as a person would write it: ``35%``, ``3.2%``, ``<0.1%``; a dash where there is none."""
-    if not math.isfinite(share):
+def percent(fraction: float) -> str:
+    """Format a fraction for readers: ``35%``, ``3.2%``, ``<0.1%``; a dash for NaN."""
+    if not math.isfinite(fraction):
         return "–"
-    value = 100 * share
+    value = 100 * fraction
     if value == 0 or value >= 100:
         return f"{value:.0f}%"
     if value < 0.1:
@@ -45,25 +42,33 @@ def percent(share: float) -> str:
 
 
 def count(n: int, one: str, many: str | None = None) -> str:
-    """Return a number with its noun: ``1 cell``, ``1,234 cells``."""
+    """Format a number with its noun: ``1 cell``, ``1,234 cells``."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
-def listed(items: Sequence[str], last: str = "and") -> str:
-    """Join words as in a sentence: ``a, b and c``."""
+def enumerate_words(items: Sequence[str], last: str = "and") -> str:
+    """Join items as in a sentence: ``a, b and c``."""
     return f" {last} ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
+def _is(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
+def _was(n: int) -> str:
+    return "was" if n == 1 else "were"
+
+
 def lead(results: Results, generated: int) -> str:
-    """Say what was done and found, in three sentences."""
+    """Summarise what was done and found, in three sentences."""
     model = results.info.get("model")
     named = [row for row in results.types if row.name != UNKNOWN]
     by = f" with the model “{model}”" if model else ""
     text = f"scMulan{by} read {count(results.cells, 'cell')} and named their types."
     if named:
-        top = listed([f"{row.name} ({percent(row.share)})" for row in named[:3]])
+        top = enumerate_words([f"{row.name} ({percent(row.fraction)})" for row in named[:3]])
         text += f" {'The most common are' if len(named) > 1 else 'There is one:'} {top}."
-    doubtful = results.cells - results.counts["confident"]
+    doubtful = results.cells - results.status_counts["confident"]
     if doubtful:
         text += f" {count(doubtful, 'cell')} ({percent(doubtful / results.cells)}) should be looked at again."
     if generated:
@@ -72,8 +77,8 @@ def lead(results: Results, generated: int) -> str:
 
 
 def notes(results: Results) -> list[Note]:
-    """Say what to beware of in this input and its annotation."""
-    info, counts = results.info, results.counts
+    """Warn of problems of the input and its annotation."""
+    info, counts = results.info, results.status_counts
     found: list[Note] = []
     if not info:
         found.append(
@@ -84,18 +89,18 @@ def notes(results: Results) -> list[Note]:
             )
         )
     genes = info.get("genes", {})
-    share = genes.get("fraction_of_vocabulary", 1.0)
-    if share < LITTLE_COVERAGE:
+    coverage = genes.get("fraction_of_vocabulary", 1.0)
+    if coverage < MIN_COVERAGE:
         found.append(
             Note(
                 "warning",
                 f"Only {genes['found']['count']:,} of the {genes['vocabulary_genes']:,} genes that the model reads are "
-                f"in this file ({percent(share)}). A gene that was not measured looks like one that is off, so types "
-                "are less certain. If the file was cut to variable genes, give all measured genes.",
+                f"in this file ({percent(coverage)}). A gene that was not measured looks like one that is off, so "
+                "types are less certain. If the file was cut to variable genes, give all measured genes.",
             )
         )
     covered = genes.get("umi_share")
-    if covered is not None and covered < LITTLE_COVERAGE:
+    if covered is not None and covered < MIN_COVERAGE:
         found.append(
             Note(
                 "note",
@@ -103,10 +108,10 @@ def notes(results: Results) -> list[Note]:
                 "the rest.",
             )
         )
-    words = info.get("words_per_cell")
-    if words is not None and words < FEW_WORDS:
+    n_genes = info.get("words_per_cell")
+    if n_genes is not None and n_genes < MIN_GENES_PER_CELL:
         found.append(
-            Note("warning", f"A cell has {words:.0f} genes that the model reads, on average: little to judge from.")
+            Note("warning", f"A cell has {n_genes:.0f} genes that the model reads, on average: little to judge from.")
         )
     if n := genes.get("ambiguous", {}).get("count"):
         found.append(Note("note", f"{count(n, 'gene name')} could mean several genes and {_was(n)} left out."))
@@ -121,7 +126,7 @@ def notes(results: Results) -> list[Note]:
             )
         )
     doubtful = (counts["uncertain"] + counts["conflict"]) / results.cells
-    if doubtful > MANY_DOUBTFUL:
+    if doubtful > MAX_DOUBTFUL_FRACTION:
         found.append(
             Note(
                 "warning",
@@ -132,18 +137,10 @@ def notes(results: Results) -> list[Note]:
     return found
 
 
-def _is(n: int) -> str:
-    return "is" if n == 1 else "are"
-
-
-def _was(n: int) -> str:
-    return "was" if n == 1 else "were"
-
-
 def generation_notes(
     results: Results, settings: Mapping[str, Any], comparisons: Sequence[Comparison], n_genes: int
 ) -> list[Note]:
-    """Say what to beware of in generated cells and their comparison."""
+    """Warn of problems of generated cells and their comparison."""
     found = []
     theirs, ours = settings.get("weights_hash"), results.info.get("weights_hash")
     if theirs and ours and theirs != ours:
@@ -160,8 +157,8 @@ def generation_notes(
                 f"{count(cut, 'generated cell')} reached the most words allowed and {_was(cut)} cut off there.",
             )
         )
-    share = comparisons[0].genes / n_genes
-    if share < LITTLE_COVERAGE and settings.get("parameters", {}).get("generate", {}).get("panel") == "all genes":
+    coverage = comparisons[0].genes / n_genes
+    if coverage < MIN_COVERAGE and settings.get("parameters", {}).get("generate", {}).get("panel") == "all genes":
         found.append(
             Note(
                 "note",
@@ -174,13 +171,13 @@ def generation_notes(
 
 
 def map_text(results: Results, drawn: int, method: str) -> str:
-    """Say how to read the maps."""
+    """Explain the maps."""
     parts = ["Each point is a cell; cells that the model reads alike lie together."]
     if method == "PCA":
         parts.append("With so few cells, these are the first two principal components of the model’s embedding.")
     else:
         parts.append("This is a UMAP of the model’s embedding: distances between separate groups mean little.")
-    empty = results.counts["empty"]
+    empty = results.status_counts["empty"]
     if drawn < results.cells - empty:
         parts.append(f"{drawn:,} of {results.cells - empty:,} cells, drawn at random, are shown.")
     if empty:
@@ -189,43 +186,44 @@ def map_text(results: Results, drawn: int, method: str) -> str:
 
 
 def where_doubtful(results: Results) -> str:
-    """Say which types the cells to look at again were given."""
+    """Name the predicted types with most cells to look at again."""
     worst = sorted((row for row in results.types if row.doubtful), key=lambda row: -row.doubtful)[:4]
     if not worst:
         return ""
-    text = listed([f"{row.name} ({row.doubtful:,} of {row.cells:,})" for row in worst])
+    text = enumerate_words([f"{row.name} ({row.doubtful:,} of {row.cells:,})" for row in worst])
     return f"Types with most uncertain or conflicting cells: {text}."
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Say what generated cells are compared with, and what that can show."""
-    written, real = comparison.compared
+    """Say what generated cells are compared with, and what the comparison can show."""
+    generated, real = comparison.compared
     if comparison.real is None:
         parts = [
-            f"No cell of this file was named {comparison.wanted}, so there is nothing to compare these "
+            f"No cell of this file was named {comparison.requested_type}, so there is nothing to compare these "
             f"{count(comparison.generated_cells, 'cell')} with."
         ]
-    elif comparison.wanted:
-        names = listed(comparison.real_types, "or")
+    elif comparison.requested_type:
+        names = enumerate_words(comparison.real_types, "or")
         of = f" (of {comparison.real_cells:,})" if real < comparison.real_cells else ""
         parts = [
-            f"{count(written, 'generated cell')} beside the {count(real, 'cell')}{of} of this file that the same model "
-            f"named {names}. These names are predictions, not known types, and the cells need "
+            f"{count(generated, 'generated cell')} beside the {count(real, 'cell')}{of} of this file that the same "
+            f"model named {names}. These names are predictions, not known types, and the cells need "
             "not match the other words of the prompt."
         ]
     else:
         parts = [
-            f"The prompt names no cell type: {count(written, 'generated cell')} beside {count(real, 'cell')} of this "
+            f"The prompt names no cell type: {count(generated, 'generated cell')} beside {count(real, 'cell')} of this "
             "file, of all types."
         ]
     parts.append(f"Bins are computed for both in the same way, from the {comparison.genes:,} genes that both have.")
-    if comparison.words_in_all > 1.02 * comparison.generated.words.mean():
-        parts.append(f"Over all genes of the model, a generated cell has {comparison.words_in_all:.0f} words.")
+    mean = comparison.mean_generated_genes
+    if mean > 1.02 * comparison.generated.n_genes.mean():
+        parts.append(f"Over all genes of the model, a generated cell has {mean:.0f} words.")
     return " ".join(parts)
 
 
 def model_texts(card: Mapping[str, Any]) -> list[str]:
-    """Say what a model knows, from its training card; each text is a paragraph."""
+    """Describe a model by its training card; each text is a paragraph."""
     texts = [str(card[name]) for name in ("description", "summary") if name in card]
     parts = []
     if "cells" in card:
@@ -239,22 +237,22 @@ def model_texts(card: Mapping[str, Any]) -> list[str]:
     )
     texts.append(" ".join(parts))
     checks = {
-        name.removesuffix(".accuracy"): float(share)
-        for name, share in (card.get("validation") or {}).items()
+        name.removesuffix(".accuracy"): float(accuracy)
+        for name, accuracy in (card.get("validation") or {}).items()
         if name.endswith(".accuracy")
     }
     if checks:
-        shares = listed([f"{study} {percent(share)}" for study, share in checks.items()])
-        texts.append(f"Share of right names in labelled studies that it has not learnt from: {shares}.")
+        accuracies = enumerate_words([f"{study} {percent(accuracy)}" for study, accuracy in checks.items()])
+        texts.append(f"Share of right names in labelled studies that it has not learnt from: {accuracies}.")
     if card.get("unknown"):
         texts.append(f"Not known about it: {'; '.join(card['unknown'])}.")
     return texts
 
 
 def methods_text(
-    results: Results, card: Mapping[str, Any] | None, matrix: str, drawn: str | None, markers: bool
+    results: Results, card: Mapping[str, Any] | None, matrix: str, layout: str | None, markers: bool
 ) -> str:
-    """Return a paragraph for a methods section.
+    """Write a paragraph for a methods section.
 
     Parameters
     ----------
@@ -263,11 +261,11 @@ def methods_text(
     card
         Training card of the model, where known.
     matrix
-        The matrix used, in words.
-    drawn
+        Description of the matrix used.
+    layout
         ``UMAP`` or ``PCA`` where a map was drawn.
     markers
-        Whether marker genes were looked for.
+        Whether marker genes were searched for.
     """
     info, genes = results.info, results.info.get("genes", {})
     parts = []
@@ -288,24 +286,25 @@ def methods_text(
     if results.parameters("annotate").get("rule") == "release":
         parts.append("Types were decoded greedily, by the rule of the published release.")
     else:
-        doubtful = results.counts["uncertain"] + results.counts["conflict"]
+        doubtful = results.status_counts["uncertain"] + results.status_counts["conflict"]
         parts.append(
             f"Each cell received its most probable type; cells whose type had a probability below "
             f"{results.threshold:g}, or whose coarse and fine types exclude each other in the Cell Ontology, were "
             f"flagged ({doubtful:,} cells)."
         )
-    if drawn == "UMAP" and results.embedding is not None:
+    if layout == "UMAP" and results.embedding is not None:
         parts.append(
-            f"The map is a UMAP (umap-learn {version('umap-learn')}; {NEIGHBOURS} neighbours, minimum distance "
+            f"The map is a UMAP (umap-learn {version('umap-learn')}; {N_NEIGHBOURS} neighbours, minimum distance "
             f"{MIN_DIST}, cosine distance, seed {SEED}) of the model's {results.embedding.shape[1]}-dimensional "
             "embedding of each cell."
         )
-    elif drawn == "PCA":
+    elif layout == "PCA":
         parts.append("The map shows the first two principal components of the model's embedding of each cell.")
     if markers:
         parts.append(
             "Marker genes are those with the largest area under the ROC curve for a type against all other cells, "
             "among the genes whose mean log expression in the type exceeds the other types' most; at most "
-            f"{CELLS_PER_TYPE} cells per type were used, and mitochondrial and ribosomal-protein genes were left out."
+            f"{MAX_CELLS_PER_TYPE} cells per type were used, and mitochondrial and ribosomal-protein genes were left "
+            "out."
         )
     return " ".join(parts)

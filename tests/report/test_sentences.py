@@ -1,4 +1,4 @@
-"""Sentences say what the numbers say."""
+"""Sentences of the page agree with the numbers."""
 
 import anndata as ad
 import numpy as np
@@ -7,7 +7,16 @@ import pytest
 
 from scmulan._keys import CELL_TYPE, COARSE, ONTOLOGY_ID, PROBABILITY, STATUS
 from scmulan.report.results import Results, read_results
-from scmulan.report.text import lead, listed, map_text, methods_text, model_texts, notes, percent, where_doubtful
+from scmulan.report.text import (
+    enumerate_words,
+    lead,
+    map_text,
+    methods_text,
+    model_texts,
+    notes,
+    percent,
+    where_doubtful,
+)
 
 INFO = {
     "version": "0.1.0",
@@ -40,19 +49,19 @@ def results(status: list[str], labels: list[str] | None = None, **info) -> Resul
 
 
 @pytest.mark.parametrize(
-    ("share", "text"),
+    ("fraction", "text"),
     [(0, "0%"), (0.0004, "<0.1%"), (0.0123, "1.2%"), (0.0999, "10%"), (0.354, "35%"), (0.9961, "99.6%"),
      (0.99999, ">99.9%"), (1, "100%"), (float("nan"), "–")],
 )  # fmt: skip
-def test_percent(share, text):
-    assert percent(share) == text
+def test_percent(fraction, text):
+    assert percent(fraction) == text
 
 
-def test_listed():
-    assert [listed(list(x)) for x in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+def test_enumerate_words():
+    assert [enumerate_words(list(x)) for x in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
 
 
-def test_lead_says_what_was_found():
+def test_lead_tells_what_was_found():
     text = lead(results(["confident"] * 6 + ["uncertain"] * 2, ["B cell"] * 5 + ["T cell"] * 3), 0)
     assert "“tiny” read 8 cells" in text
     assert "The most common are B cell (62%) and T cell (38%)." in text
@@ -76,12 +85,12 @@ def test_good_input_has_no_warning():
         ({"words_per_cell": 40.0}, "warning", "has 40 genes"),
     ],
 )  # fmt: skip
-def test_poor_input_is_said(change, kind, text):
+def test_poor_input_is_warned_of(change, kind, text):
     (note,) = notes(results(["confident"], **change))
     assert note.kind == kind and text in note.text
 
 
-def test_doubtful_and_empty_cells_are_said():
+def test_doubtful_and_empty_cells_are_reported():
     first, second = notes(results(["confident"] * 5 + ["uncertain"] * 2 + ["conflict"] * 2 + ["empty"]))
     assert first.text.startswith("1 cell had no gene")
     assert second.text.startswith("40% of the cells are uncertain")
@@ -95,7 +104,7 @@ def test_where_doubtful_cells_are():
     assert where_doubtful(results(["confident", "empty"])) == ""
 
 
-def test_map_says_what_it_leaves_out():
+def test_map_text_tells_what_is_left_out():
     text = map_text(results(["confident"] * 9 + ["empty"]), 5, "UMAP")
     assert "5 of 9 cells, drawn at random" in text and "1 empty cell is left out" in text
     assert "random" not in map_text(results(["confident"] * 9), 9, "PCA")
