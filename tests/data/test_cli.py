@@ -22,7 +22,7 @@ def test_build_says_what_was_lost(files, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "210 cells" in out and "210 cells written" in err
     logged = next(line for line in out.splitlines() if line.startswith("logged"))
-    assert logged.split()[:3] == ["logged", "50", "log1p"]
+    assert logged.split()[:3] == ["logged", "log1p", "50"]
     assert run(["corpus", "build", str(files / "spec.toml"), str(tmp_path / "out")]) == 2
     assert "exists already; give --force" in capsys.readouterr().err
 

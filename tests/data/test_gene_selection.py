@@ -1,4 +1,4 @@
-"""Which genes become words."""
+"""Choosing the genes of a vocabulary."""
 
 import numpy as np
 import pytest
@@ -46,9 +46,9 @@ def test_counts_and_their_log1p_values_rank_alike():
     logged = matrix.copy()
     logged.data = np.log1p(logged.data * np.repeat(1e4 / total, np.diff(matrix.indptr))).astype(np.float32)
     found = []
-    for x, state in ((matrix, "counts"), (logged, "log1p")):
+    for x, matrix_kind in ((matrix, "counts"), (logged, "log1p")):
         scores = GeneScores()
-        scores.add(GENES, x, total, state)
+        scores.add(GENES, x, total, matrix_kind)
         found.append(scores.scores)
     assert found[0] == pytest.approx(found[1], abs=0.02)
 

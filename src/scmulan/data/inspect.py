@@ -1,7 +1,4 @@
-"""What a corpus holds, and what was lost on the way: for people, and as plain types.
-
-Compare every file of a corpus with its checksum.
-"""
+"""Describe a corpus, for programs and for people, and compare its files with their checksums."""
 
 import os
 from collections.abc import Sequence
@@ -10,22 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from scmulan._io.outputs import sha256
+from scmulan._text import format_table
 from scmulan.data.store import Corpus, read_manifest
 from scmulan.errors import InputError
 from scmulan.vocab.vocabulary import METADATA
 
-# Words and pairs of studies that are shown to people; the JSON has all.
-SHOWN = 8
+MAX_LISTED = 8
+"""Names and pairs of studies in the text for people; the JSON has all."""
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe a corpus from its manifest; no shard is read.
 
+    Parameters
+    ----------
+    path : path-like
+        Folder of the corpus.
+
     Returns
     -------
     dict
-        ``cells``, ``words``, ``bytes``, ``studies``, ``metadata`` (words of each family), ``donors``, ``duplicates``,
-        ``settings``, ``shards`` (their number by encoding).
+        ``cells``, ``words``, ``bytes``, ``studies``, ``metadata`` (number of tokens of each family), ``donors``,
+        ``duplicates``, ``settings``, ``shards`` (their number by encoding).
+
+    Raises
+    ------
+    InputError
+        If the folder is no corpus, or a file is missing or cut off.
     """
     corpus = Corpus(path)
     manifest = corpus.manifest
@@ -47,7 +55,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """What :func:`inspect` found, for people."""
+    """Write what :func:`inspect` returned as text for people."""
     size = about["bytes"] / max(about["cells"], 1)
     lines = [
         f"{about['folder']}: {about['cells']:,} cells, {about['words']:,} words, {about['bytes'] / 2**20:,.0f} MiB "
@@ -57,49 +65,41 @@ def describe(about: dict[str, Any]) -> str:
         + f"; {about['donors']:,} donors",
         "shards: " + ", ".join(f"{n} of {name}" for name, n in about["shards"].items()),
         "",
-        *_studies(about["studies"]),
+        _describe_studies(about["studies"]),
     ]
     for study in about["studies"]:
-        for family, words in study.get("unknown_words", {}).items():
-            shown = [f"{word!r} ({n:,} cells)" for word, n in list(words.items())[:SHOWN]]
-            more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-            lines.append(f"{study['name']}: not in the vocabulary, {family}: {', '.join(shown)}{more}")
-    return "\n".join([*lines, *_repeats(about)])
+        for family, names in study.get("unknown_words", {}).items():
+            listed = [f"{name!r} ({n:,} cells)" for name, n in list(names.items())[:MAX_LISTED]]
+            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+            lines.append(f"{study['name']}: not in the vocabulary, {family}: {', '.join(listed)}{more}")
+    return "\n".join([*lines, *_describe_repeats(about)])
 
 
-def _studies(studies: Sequence[dict[str, Any]]) -> list[str]:
-    head = ("study", "cells", "values", "genes found", "renamed", "lost", "counts covered", "words/cell", "donors")
-    rows = []
+def _describe_studies(studies: Sequence[dict[str, Any]]) -> str:
+    header = ("study", "values", "cells", "genes found", "renamed", "lost", "counts covered", "words/cell", "donors")
+    rows: list[list[Any]] = []
     for study in studies:
         genes = study.get("genes")
         if genes is None:  # made by a benchmark
-            rows.append([study["name"], f"{study['cells']:,}", *[""] * 7])
+            rows.append([study["name"], "", study["cells"], *[""] * 6])
             continue
-        lost = genes["unknown"]["count"] + genes["ambiguous"]["count"]
         rows.append(
             [
                 study["name"],
-                f"{study['cells']:,}",
                 study["matrix"]["state"],
+                study["cells"],
                 f"{genes['found']:,} ({genes['fraction_of_vocabulary']:.0%})",
-                f"{genes['renamed']['count']:,}",
-                f"{lost:,}",
+                genes["renamed"]["count"],
+                genes["unknown"]["count"] + genes["ambiguous"]["count"],
                 f"{study['covered']:.1%}",
-                f"{study['words_per_cell']:,.0f}",
-                f"{study['donors']:,}",
+                round(study["words_per_cell"]),
+                study["donors"],
             ]
         )
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    text = [
-        "  ".join(
-            cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
-    return [line.rstrip() for line in text]
+    return format_table(header, rows, text_columns=2)
 
 
-def _repeats(about: dict[str, Any]) -> list[str]:
+def _describe_repeats(about: dict[str, Any]) -> list[str]:
     found = about["duplicates"]
     if not found or not found["cells"]:
         return []
@@ -108,21 +108,21 @@ def _repeats(about: dict[str, Any]) -> list[str]:
         f"{found['cells']:,} cells repeat an earlier one word for word ({found['across_studies']:,} of another study); "
         f"they are {done}"
     ]
-    for pair in found["pairs"][:SHOWN]:
+    for pair in found["pairs"][:MAX_LISTED]:
         one, two = pair["studies"]
         lines.append(f"  {pair['cells']:,} in {two}" + (f", first in {one}" if one != two else ""))
     return lines
 
 
 def verify(path: str | os.PathLike[str], jobs: int = 2) -> dict[str, Any]:
-    """Read all of a corpus and compare it with the checksums of its manifest.
+    """Read all files of a corpus and compare them with the checksums of its manifest.
 
     Parameters
     ----------
-    path
+    path : path-like
         Folder of the corpus.
-    jobs
-        Files to read at a time.
+    jobs : int
+        Number of files to read at a time.
 
     Returns
     -------
