@@ -144,7 +144,7 @@ def test_the_kind_of_names_is_told(names, id_type):
 
 def test_report_is_json_and_summary_says_what_matters():
     match = match_genes([*MARKERS, "FAM129A", "NOSUCH", "MATR3-1", "QARS"], [*MARKERS, "NIBAN1"])
-    report = json.loads(json.dumps(match.report(umi_share=0.98765)))
+    report = json.loads(json.dumps(match.report(umi_fraction=0.98765)))
     assert report["vocabulary_genes"] == 13 and report["input_genes"] == 16 and report["matched_columns"] == 14
     assert report["umi_share"] == 0.9877 and report["fraction_of_vocabulary"] == 1.0
     assert report["renamed"] == {"count": 2, "examples": ["FAM129A → NIBAN1", "MATR3-1 → MATR3"]}

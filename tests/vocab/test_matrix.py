@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from scmulan._io.adata import open_input
 from scmulan.errors import MatrixError
-from scmulan.vocab import storage
 from scmulan.vocab.matrix import choose_matrix
+from scmulan.vocab.storage import ReadLimits
 
 
 @pytest.fixture
@@ -214,8 +214,7 @@ def test_bad_values_that_no_sample_sees_are_met_while_streaming(bad):
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "csc on disk"])
-def test_what_a_sample_finds_is_named_by_its_place_in_the_matrix(form, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_SAMPLE_VALUES", 4000)
+def test_what_a_sample_finds_is_named_by_its_place_in_the_matrix(form, tmp_path):
     values = sp.random(5000, 30, 0.2, format="lil", random_state=0, data_rvs=lambda n: np.ones(n))
     values[4999, 29] = -3
     adata = ad.AnnData(values.tocsr() if form == "csr" else values.tocsc())
@@ -224,7 +223,7 @@ def test_what_a_sample_finds_is_named_by_its_place_in_the_matrix(form, tmp_path,
         adata.write_h5ad(tmp_path / "x.h5ad")
         adata = open_input(tmp_path / "x.h5ad", backed=True)
     with pytest.raises(MatrixError, match=r"X holds scaled values .*first: -3 in cell '4999', gene 'gene29'"):
-        choose_matrix(adata)
+        choose_matrix(adata, limits=ReadLimits(sample=4000))
     if form == "csc on disk":
         adata.file.close()
 
@@ -322,12 +321,10 @@ def test_files_are_read_as_what_is_in_memory(pbmc, counts, log1p, form, opened, 
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "dense"])
-def test_a_big_backed_file_is_never_read_whole(form, tmp_path, monkeypatch):
+def test_a_big_backed_file_is_never_read_whole(form, tmp_path):
     """Three matrices of 24 or 80 MB each: what is held while choosing and streaming is far less than one of them."""
-    # A share of what is allowed in use, as the file is a share of what is big.
-    monkeypatch.setattr(storage, "_SAMPLE_VALUES", 100_000)
-    monkeypatch.setattr(storage, "_TURNED_VALUES", 600_000)
-    monkeypatch.setattr(storage, "_COLUMN_VALUES", 200_000)
+    # A fraction of what is allowed in use, as the file is a fraction of what is big.
+    limits = ReadLimits(sample=100_000, transposed=600_000, columns=200_000)
     n_cells, n_genes, stored = 10_000, 2_000, 300
     rng = np.random.default_rng(0)
     pattern = np.sort(rng.permuted(np.tile(np.arange(n_genes, dtype=np.int32), (100, 1)), axis=1)[:, :stored], axis=1)
@@ -346,7 +343,7 @@ def test_a_big_backed_file_is_never_read_whole(form, tmp_path, monkeypatch):
     tracemalloc.start()
     try:
         adata = open_input(tmp_path / "big.h5ad", backed=True)
-        matrix = choose_matrix(adata)
+        matrix = choose_matrix(adata, limits=limits)
         summed = sum(float(block.sum()) for _, block in matrix.chunks(256))
         peak = tracemalloc.get_traced_memory()[1]
         adata.file.close()

@@ -57,35 +57,33 @@ def test_chunks_are_the_matrix_in_order(stored, expected, form, size):
 
 
 @pytest.mark.parametrize("form", ["csc", "h5 csc", "zarr csc"])
-def test_columns_are_turned_into_rows_in_passes_of_bounded_size(stored, expected, form, monkeypatch):
-    """No pass holds more than its share of values, and none reads more than a few columns at a time."""
-    monkeypatch.setattr(storage, "_TURNED_VALUES", 120)
-    monkeypatch.setattr(storage, "_COLUMN_VALUES", 60)
+def test_columns_are_transposed_in_passes_of_bounded_size(stored, expected, form, monkeypatch):
+    """No pass holds more than its limit of values, and none reads more than a few columns at a time."""
+    limits = storage.ReadLimits(transposed=120, columns=60)
     read, held = storage.read_rows, []
 
-    def watched(matrix, rows):
-        block = read(matrix, rows)
+    def watched(matrix, rows, limits):
+        block = read(matrix, rows, limits)
         if getattr(matrix, "format", "") == "csc":
             held.append(block.nnz)
         return block
 
     monkeypatch.setattr(storage, "read_rows", watched)
-    places = []
-    for rows, block in storage.row_chunks(stored[form], 3):
+    seen = []
+    for rows, block in storage.row_chunks(stored[form], 3, limits=limits):
         np.testing.assert_array_equal(block.toarray(), expected[rows])
-        places += range(rows.start, rows.stop)
-    assert places == list(range(len(expected)))
+        seen += range(rows.start, rows.stop)
+    assert seen == list(range(len(expected)))
     assert len(held) > 3
     assert max(held) < 240
     if form == "h5 csc":
-        assert len(storage._column_blocks(stored[form])) > 5
+        assert len(storage.column_blocks(stored[form], limits.columns)) > 5
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("budget", [10_000, 100])
-def test_a_sample_says_where_its_values_come_from(stored, expected, form, budget, monkeypatch):
-    monkeypatch.setattr(storage, "_SAMPLE_VALUES", budget)
-    sample, rows, columns = storage.sample_rows(stored[form])
+def test_a_sample_says_where_its_values_come_from(stored, expected, form, budget):
+    sample, rows, columns = storage.sample_rows(stored[form], storage.ReadLimits(sample=budget))
     np.testing.assert_array_equal(sample.toarray(), expected[np.ix_(rows, columns)])
     if budget == 100:
         assert sample.nnz < np.count_nonzero(expected) / 2

@@ -82,7 +82,7 @@ class CellReader:
         self, size: int = BLOCK, *, wanted: Callable[[slice], bool] = lambda rows: True
     ) -> Iterator[tuple[slice, GeneTokens]]:
         """Rows and gene words of consecutive cells, of those blocks that are wanted."""
-        for rows, block in self.matrix.chunks(size, wanted=wanted):
+        for rows, block in self.matrix.chunks(size, select=wanted):
             words = tokenize(
                 block,
                 self.match.columns,

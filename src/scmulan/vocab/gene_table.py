@@ -1,8 +1,6 @@
-"""The human gene table: every name a gene has or had, to the symbol that is approved today.
+"""Gene names: from any name a human gene has or had to its approved symbol, and names of other species.
 
 HGNC gives approved, previous and alias symbols, GENCODE the Ensembl ids; ``tools/build_resources.py`` joins them.
-
-Recognise gene names that are not human, so that an error can say so.
 """
 
 import re
@@ -28,12 +26,12 @@ _Names = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What the table says about one name."""
+    """Meaning of one gene name."""
 
     symbol: str | None
     """Approved symbol, or None."""
     how: How
-    """By which of the gene's names it was recognised, or why it was not."""
+    """Kind of name by which the gene was recognised, or why it was not."""
     candidates: tuple[str, ...] = ()
     """Approved symbols of an ambiguous name."""
 
@@ -105,7 +103,7 @@ class GeneTable:
         return [name if name in approved else self.explain(name).symbol for name in names]
 
     def explain(self, name: str) -> Resolution:
-        """Say what one name means, and how the table knows."""
+        """Resolve one name, and say by which kind of name."""
         name = name.strip()
         exact = self._exact(name)
         if exact.how != "unknown":
@@ -196,18 +194,18 @@ _RODENT = re.compile(r"(?:mt-)?[A-Z][A-Za-z0-9.-]*[a-z][A-Za-z0-9.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """Names that are another species' gene names."""
+    """Gene names of another species among the names of an input."""
 
     species: str
-    """What the species is called."""
+    """Name of the species."""
     count: int
-    """How many of the names are its."""
+    """Number of names."""
     examples: tuple[str, ...]
-    """The first three."""
+    """First three names."""
 
     @property
     def hint(self) -> str:
-        """What else the names could be, to follow in an error."""
+        """What else the names could be: the end of an error message."""
         return "; if they are human, write them in capitals" if self.species == _LOWER_CASE else ""
 
 

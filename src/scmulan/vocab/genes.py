@@ -1,4 +1,4 @@
-"""From the gene names of an input to the genes of a vocabulary, with an account of what was found and what was not."""
+"""Match the gene names of an input with the genes of a vocabulary, and report what was found and what was not."""
 
 import re
 import warnings
@@ -22,12 +22,14 @@ __all__ = [
     "match_genes",
 ]
 
-EXAMPLES = 20
-FOREIGN_SHARE = 0.05
+MAX_EXAMPLES = 20
+"""Names of each kind in a report."""
+MIN_FOREIGN_FRACTION = 0.05
+"""Fraction of an input's names that must be another species' for a warning."""
 _ENSEMBL = re.compile(r"ENSG\d{11}(\.\d+)?(_PAR_Y)?", re.IGNORECASE)
 
-# Anything that names genes: a `var` table, or the names themselves.
 Names: TypeAlias = Sequence[str] | pd.Index | np.ndarray | pd.DataFrame
+"""Gene names, or a ``var`` table that has them in its index or a column."""
 
 
 class CoverageWarning(UserWarning):
@@ -36,7 +38,7 @@ class CoverageWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneMatch:
-    """Which column of an input is which gene of a vocabulary."""
+    """Match between the columns of an input and the genes of a vocabulary."""
 
     columns: np.ndarray
     """int32, one per input column: index into the vocabulary's genes, or -1."""
@@ -55,29 +57,28 @@ class GeneMatch:
     ambiguous: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Input names that several genes share, to the approved symbols they could mean; left unmatched."""
     duplicates: dict[str, list[str]] = field(default_factory=dict)
-    """Vocabulary gene to the input names of its columns, where it has several; their values are to be summed."""
+    """Vocabulary gene to the input names of its columns, where it has several; their values are summed."""
     id_type: str = "symbol"
     """How the input names its genes: ``symbol``, ``ensembl`` or ``mixed``."""
     where: str = "index"
-    """Where the names stood: ``index`` or the name of a column of ``var``."""
+    """Where the names were found: ``index`` or the name of a column of ``var``."""
 
     @property
-    def place(self) -> str:
-        """Where the names stood, as a person would write it."""
+    def _where_text(self) -> str:
         return "var_names" if self.where == "index" else f"var[{self.where!r}]"
 
     @property
     def fraction_of_vocabulary(self) -> float:
-        """Share of the vocabulary's genes that the input has."""
+        """Fraction of the vocabulary's genes that the input has."""
         return len(self.found) / self.vocabulary_size if self.vocabulary_size else 0.0
 
-    def report(self, umi_share: float | None = None) -> dict[str, Any]:
+    def report(self, umi_fraction: float | None = None) -> dict[str, Any]:
         """Return counts and first examples, ready for JSON.
 
         Parameters
         ----------
-        umi_share : float, optional
-            Share of the input's UMIs (0 to 1) that lie in matched columns.
+        umi_fraction : float, optional
+            Fraction of the input's UMIs in matched columns.
         """
         return {
             "names_from": self.where,
@@ -87,7 +88,7 @@ class GeneMatch:
             "outside_vocabulary": len(self.outside),
             "vocabulary_genes": self.vocabulary_size,
             "fraction_of_vocabulary": round(self.fraction_of_vocabulary, 4),
-            "umi_share": None if umi_share is None else round(float(umi_share), 4),
+            "umi_share": None if umi_fraction is None else round(float(umi_fraction), 4),
             "found": _excerpt(self.found),
             "missing": _excerpt(self.missing),
             "renamed": _excerpt(self.renamed),
@@ -96,15 +97,15 @@ class GeneMatch:
             "duplicates": _excerpt(self.duplicates),
         }
 
-    def summary(self, umi_share: float | None = None) -> str:
-        """Say in a line or two what was found, for a person."""
+    def summary(self, umi_fraction: float | None = None) -> str:
+        """Return one or two lines for people."""
         kind = {"symbol": "symbols", "ensembl": "Ensembl ids", "mixed": "symbols and Ensembl ids"}[self.id_type]
         text = (
             f"{len(self.found):,} of {self.vocabulary_size:,} vocabulary genes found "
-            f"({self.fraction_of_vocabulary:.0%}) among {len(self.columns):,} {kind} in {self.place}"
+            f"({self.fraction_of_vocabulary:.0%}) among {len(self.columns):,} {kind} in {self._where_text}"
         )
-        if umi_share is not None:
-            text += f"; they hold {umi_share:.1%} of the UMIs"
+        if umi_fraction is not None:
+            text += f"; they hold {umi_fraction:.1%} of the UMIs"
         notes = [
             f"{label} {len(values):,}"
             for values, label in (
@@ -119,7 +120,7 @@ class GeneMatch:
 
 
 def _excerpt(values: list[str] | dict[str, Any]) -> dict[str, Any]:
-    some = list(values)[:EXAMPLES]
+    some = list(values)[:MAX_EXAMPLES]
     if isinstance(values, dict):
         # Text, not a dictionary: a gene's name with a slash in it is no key that h5ad could store.
         meant = ((name, values[name]) for name in some)
@@ -131,7 +132,7 @@ _UNKNOWN = Resolution(None, "unknown")
 
 
 class _Matcher:
-    """A vocabulary's genes, reachable under every name that the gene table knows for them."""
+    """Look up a vocabulary's genes by every name that the gene table knows for them."""
 
     def __init__(self, genes: Sequence[str], table: GeneTable) -> None:
         self.table = table
@@ -147,7 +148,7 @@ class _Matcher:
                 self.by_symbol[symbol] = index
 
     def __call__(self, name: str) -> tuple[int, Resolution | None]:
-        """Return the index of the vocabulary gene or -1, and what the table said where it was asked."""
+        """Return the index of the vocabulary gene or -1, and the resolution of a name that needed the table."""
         if (index := self.exact.get(name)) is not None:
             return index, None
         resolution = self.table.explain(name)
@@ -168,7 +169,7 @@ class _Matcher:
 
 
 def choose_names(var: pd.DataFrame, vocabulary_genes: Sequence[str] | None = None) -> tuple[list[str], str]:
-    """Find where a ``var`` table holds the names of its genes.
+    """Choose the index or column of a ``var`` table that holds the names of its genes.
 
     Parameters
     ----------
@@ -193,13 +194,13 @@ def choose_names(var: pd.DataFrame, vocabulary_genes: Sequence[str] | None = Non
 
 def _best_names(var: pd.DataFrame, look_up: Callable[[list[str]], Iterable[object]]) -> tuple[list[str], str]:
     best, where = _as_text(var.index), "index"
-    most = len(set(look_up(best)) - {None})
+    max_count = len(set(look_up(best)) - {None})
     for column, values in var.items():
         if isinstance(values.dtype, pd.CategoricalDtype) or pd.api.types.is_string_dtype(values.dtype):
             names = _as_text(values)
             count = len(set(look_up(list(dict.fromkeys(names)))) - {None})
-            if count > most:
-                best, where, most = names, str(column), count
+            if count > max_count:
+                best, where, max_count = names, str(column), count
     return best, where
 
 
@@ -228,11 +229,11 @@ def match_genes(
     vocabulary_genes : sequence of str
         Genes of the vocabulary, in its order.
     minimum : int
-        Refuse the input if fewer vocabulary genes are found. Of a vocabulary of less than twice as many genes, half are
-        asked for. 0 refuses only the names of another species.
+        Refuse the input if fewer vocabulary genes are found; at most half of the vocabulary is required. 0 refuses only
+        the names of another species.
     warn_below : float
-        Warn (`CoverageWarning`) if a smaller share of the vocabulary's genes is found; targeted panels and matrices cut
-        to variable genes come here.
+        Warn (`CoverageWarning`) if a smaller fraction of the vocabulary's genes is found, as in targeted panels and
+        matrices cut to variable genes.
     source : str
         What to call the input in errors and warnings, such as its file name.
 
@@ -287,7 +288,7 @@ def match_genes(
     )
     foreign = foreign_species(unknown, table)
     _refuse(match, names, foreign, minimum, source)
-    if foreign is not None and foreign.count > FOREIGN_SHARE * len(names):
+    if foreign is not None and foreign.count > MIN_FOREIGN_FRACTION * len(names):
         warnings.warn(
             f"{source}: {foreign.count:,} of {len(names):,} names are {foreign.species} genes, as "
             f"{', '.join(foreign.examples)}; they are left out, and the cells are read as human.",
@@ -305,8 +306,8 @@ def match_genes(
 
 
 def _id_type(names: Sequence[str]) -> str:
-    share = sum(_ENSEMBL.fullmatch(name) is not None for name in names) / max(len(names), 1)
-    return "ensembl" if share > 0.99 else "symbol" if share < 0.01 else "mixed"
+    fraction = sum(_ENSEMBL.fullmatch(name) is not None for name in names) / max(len(names), 1)
+    return "ensembl" if fraction > 0.99 else "symbol" if fraction < 0.01 else "mixed"
 
 
 def _refuse(match: GeneMatch, names: Sequence[str], foreign: Foreign | None, minimum: int, source: str) -> None:
@@ -326,10 +327,10 @@ def _refuse(match: GeneMatch, names: Sequence[str], foreign: Foreign | None, min
     examples = ", ".join(list(dict.fromkeys(names))[:3])
     if sum(name.isdigit() for name in names) > len(names) / 2:
         raise GeneError(
-            f"{problem}; its names in {match.place} are numbers ({examples}: Entrez ids or a lost index): "
+            f"{problem}; its names in {match._where_text} are numbers ({examples}: Entrez ids or a lost index): "
             "put human gene symbols or Ensembl ids into var_names or a column of var"
         )
     raise GeneError(
-        f"{problem}; its {len(names):,} names in {match.place} begin {examples}: expected human gene symbols or "
+        f"{problem}; its {len(names):,} names in {match._where_text} begin {examples}: expected human gene symbols or "
         "Ensembl ids in var_names or a column of var, and all measured genes rather than a selection"
     )

@@ -1,4 +1,4 @@
-"""The Cell Ontology: labels of cell types to its ids, and which type is a kind of which.
+"""Cell Ontology: ids of cell-type labels, and the is_a relations between types.
 
 Labels agree by the ontology, not by their spelling: a prediction that is finer than a coarse true label is no mistake.
 """
@@ -24,7 +24,7 @@ _ABBREVIATION = re.compile(r"\s*\([A-Z0-9]{2,6}\)")
 
 
 def _words(label: str) -> str:
-    """Reduce a label to what its spellings share: lower case, words in the singular, no punctuation."""
+    """Normalise a label: lower case, words in the singular, no punctuation."""
     label = _MINUS.sub(" negative ", _PLUS.sub(" positive ", label.casefold()))
     return " ".join(_singular(word) for word in _WORD.findall(label))
 
@@ -123,15 +123,15 @@ class Ontology:
         return self._names[identifier]
 
     def parents(self, identifier: str) -> tuple[str, ...]:
-        """Return the types that a type is directly a kind of."""
+        """Return the direct parents of a type."""
         return self._parents[identifier]
 
     def ancestors(self, identifier: str, include_self: bool = False) -> set[str]:
-        """Return all types that a type is a kind of."""
+        """Return all types above a type."""
         return set(self._climb(identifier)) - (set() if include_self else {identifier})
 
     def descendants(self, identifier: str, include_self: bool = False) -> set[str]:
-        """Return all types that are kinds of a type."""
+        """Return all types below a type."""
         self.name(identifier)
         found, front = {identifier}, [identifier]
         while front:
@@ -140,7 +140,7 @@ class Ontology:
         return found - (set() if include_self else {identifier})
 
     def _climb(self, identifier: str) -> dict[str, int]:
-        """Return a type and its ancestors with the number of is_a steps to each."""
+        """Return the number of is_a steps from a type to itself and each of its ancestors."""
         self.name(identifier)
         steps, front, distance = {identifier: 0}, [identifier], 0
         while front:
@@ -150,28 +150,28 @@ class Ontology:
         return steps
 
     def is_a(self, identifier: str, other: str) -> bool:
-        """Say whether a type is another one or a kind of it."""
+        """Return whether a type is another one, or below it."""
         return other in self._climb(identifier)
 
     def closest_common_ancestor(self, identifiers: Iterable[str]) -> str | None:
-        """Return the most specific type that all given types are, or are kinds of; None if there is none.
+        """Return the most specific type that is, or is above, all of some types; None if there is none.
 
-        It is the one with the fewest kinds of its own; then the smallest id.
+        It is the one with the fewest descendants; then the smallest id.
         """
         lines = [self._climb(identifier) for identifier in identifiers]
         if not lines:
             return None
         common = set.intersection(*(set(line) for line in lines))
-        # A type has fewer kinds than what it is a kind of, so that this one has no common ancestor below it.
+        # A type has fewer descendants than its ancestors, so that no common ancestor is below this one.
         return min(common, key=lambda node: (len(self.descendants(node)), node), default=None)
 
     def distance(self, identifier: str, other: str) -> int | None:
-        """Return the number of is_a steps from one type up to a common ancestor and down to the other, at least."""
+        """Return the smallest number of is_a steps from one type up to a common ancestor and down to the other."""
         one, two = self._climb(identifier), self._climb(other)
         return min((one[node] + two[node] for node in one.keys() & two.keys()), default=None)
 
     def agrees(self, predicted: str, truth: str) -> bool:
-        """Say whether a predicted label is right, given a true one that may be coarser.
+        """Return whether a predicted label is right, for a true label that may be coarser.
 
         Parameters
         ----------
@@ -181,7 +181,7 @@ class Ontology:
         return bool(self.label_matrix([truth, predicted])[0, 1])
 
     def label_matrix(self, labels: Sequence[str]) -> np.ndarray:
-        """Return which label satisfies which.
+        """Return which labels are right where which are true.
 
         Parameters
         ----------
@@ -191,7 +191,7 @@ class Ontology:
         Returns
         -------
         numpy.ndarray, bool, shape (n, n)
-            ``[i, j]``: label j is label i or a kind of it, so that predicting j is right where i is true.
+            ``[i, j]``: label j is label i or below it, so that predicting j is right where i is true.
         """
         ids = [self.find(label) for label in labels]
         lines = [set() if identifier is None else set(self._climb(identifier)) for identifier in ids]

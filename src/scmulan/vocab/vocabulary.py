@@ -1,8 +1,9 @@
-"""Words, their families and their ids.
+"""Vocabulary: tokens, their families and their ids.
 
-A vocabulary is an ordered list of words; a word's place is its id, as in the published model, whose
-2,222 words are one of the vocabularies read here. Two words may share a name when their families differ
-(a coarse and a fine "B cell"), and one word may be in two families (the published list does that).
+A vocabulary is an ordered list of tokens; a token's index is its id, as in the published model, whose 2,222 tokens are
+one of the vocabularies read here. Two tokens may share a name if their families differ (a coarse and a fine "B cell"),
+and one token may be in two families (the published list has such). Texts for biologists, errors among them, call
+tokens words.
 """
 
 import difflib
@@ -16,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from scmulan.errors import VocabularyError
+from scmulan.resources import read_text
 
 FORMAT = "scmulan-vocabulary/1"
 
 
 class Family(StrEnum):
-    """What a word is about."""
+    """Kind of a token."""
 
     END = "end"
     GENE = "gene"
@@ -47,7 +49,7 @@ METADATA = (
     Family.FINE,
 )
 
-# Other names under which people ask for a family, in prompts and obs columns.
+# Other names of a family in prompts and obs columns.
 FIELD_NAMES = {
     "cell_type": Family.FINE,
     "celltype": Family.FINE,
@@ -63,7 +65,13 @@ TASK_NAMES = ("generate", "annotate", "locate")
 
 
 def family_of_field(field: str) -> Family:
-    """Family that a metadata field such as ``cell_type``, ``organ`` or ``tech`` speaks of."""
+    """Return the family of a metadata field such as ``cell_type``, ``organ`` or ``tech``.
+
+    Raises
+    ------
+    VocabularyError
+        If there is no such field.
+    """
     key = field.strip().lower()
     if key in FIELD_NAMES:
         return FIELD_NAMES[key]
@@ -75,16 +83,22 @@ def family_of_field(field: str) -> Family:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Ordered words with their families.
+    """Ordered tokens with their families.
 
     Parameters
     ----------
     tokens
         Names in id order.
     families
-        Ids of each family, ascending. Every word is in at least one family.
+        Ids of each family, ascending. Every token is in at least one family.
     prompts
-        Id of the prompt word of each task (``generate``, ``annotate``, ``locate``).
+        Id of the prompt token of each task (``generate``, ``annotate``, ``locate``).
+
+    Raises
+    ------
+    VocabularyError
+        If a token has no family, a family has a name twice or an id that does not exist, there is not exactly one end
+        token, or the prompt of a task is no prompt token.
     """
 
     tokens: tuple[str, ...]
@@ -92,7 +106,7 @@ class Vocabulary:
     prompts: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        covered = np.zeros(len(self.tokens), dtype=bool)
+        has_family = np.zeros(len(self.tokens), dtype=bool)
         for family in Family:
             ids = np.asarray(self.families.get(family, ()), dtype=np.int64)
             if ids.size and (ids.min() < 0 or ids.max() >= len(self.tokens)):
@@ -101,14 +115,14 @@ class Vocabulary:
             if len(set(names)) != len(names):
                 twice = next(n for n in names if names.count(n) > 1)
                 raise VocabularyError(f"family {family} has the word {twice!r} twice")
-            covered[ids] = True
-        if not covered.all():
-            raise VocabularyError(f"word {self.tokens[int(np.argmin(covered))]!r} belongs to no family")
+            has_family[ids] = True
+        if not has_family.all():
+            raise VocabularyError(f"word {self.tokens[int(np.argmin(has_family))]!r} belongs to no family")
         if len(self.families.get(Family.END, ())) != 1:
             raise VocabularyError("a vocabulary needs exactly one end word")
-        for task, word in self.prompts.items():
-            if word not in self.families.get(Family.PROMPT, ()):
-                raise VocabularyError(f"the prompt of task {task!r} is id {word}, which is no prompt word")
+        for task, token in self.prompts.items():
+            if token not in self.families.get(Family.PROMPT, ()):
+                raise VocabularyError(f"the prompt of task {task!r} is id {token}, which is no prompt word")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -118,24 +132,22 @@ class Vocabulary:
 
     __hash__ = None  # type: ignore[assignment]
 
-    # -- looking things up -------------------------------------------------------------------------------------
-
     def ids(self, family: Family) -> np.ndarray:
-        """Ids of a family, ascending, int64."""
+        """Return the ids of a family: int64, ascending."""
         return np.asarray(self.families.get(family, ()), dtype=np.int64)
 
     def names(self, family: Family) -> list[str]:
-        """Names of a family, in id order."""
+        """Return the names of a family in id order."""
         return [self.tokens[i] for i in self.families.get(family, ())]
 
     @property
     def genes(self) -> list[str]:
-        """Gene words in id order."""
+        """Genes in id order."""
         return self.names(Family.GENE)
 
     @property
     def end(self) -> int:
-        """Id of the word that ends a sentence."""
+        """Id of the token that ends a sentence."""
         return int(self.families[Family.END][0])
 
     @cached_property
@@ -144,30 +156,30 @@ class Vocabulary:
 
     @cached_property
     def is_gene(self) -> np.ndarray:
-        """Bool per word: whether it is a gene."""
+        """Bool ``[tokens]``: whether a token is a gene."""
         mask = np.zeros(len(self.tokens), dtype=bool)
         mask[self.ids(Family.GENE)] = True
         return mask
 
     @cached_property
     def gene_index(self) -> np.ndarray:
-        """Place of each word among the genes (int64), −1 where the word is no gene."""
-        row = np.full(len(self.tokens), -1, dtype=np.int64)
+        """int64 ``[tokens]``: index of a token among the genes, −1 where it is none."""
+        index = np.full(len(self.tokens), -1, dtype=np.int64)
         ids = self.ids(Family.GENE)
-        row[ids] = np.arange(len(ids))
-        return row
+        index[ids] = np.arange(len(ids))
+        return index
 
     def find(self, family: Family, name: str) -> int | None:
-        """Id of a word, or None where the family lacks it."""
+        """Return the id of a token, or None if the family lacks it."""
         return self._by_name.get((family, name))
 
     def id(self, family: Family, name: str) -> int:
-        """Id of a word.
+        """Return the id of a token; case does not matter.
 
         Raises
         ------
         VocabularyError
-            If the family lacks the word; the message suggests the nearest words.
+            If the family lacks the name; the nearest names are suggested.
         """
         found = self.find(family, name)
         if found is not None:
@@ -188,14 +200,18 @@ class Vocabulary:
         raise VocabularyError(f"this model has no {family.replace('_', ' ')} {name!r}; {hint}")
 
     def metadata_ids(self, metadata: Mapping[str, str]) -> list[int]:
-        """Ids of metadata given as ``{"organ": "Blood", "cell_type": "B cell"}``, in the order given."""
+        """Return the ids of metadata such as ``{"organ": "Blood", "cell_type": "B cell"}``, in their order.
+
+        Raises
+        ------
+        VocabularyError
+            If a field or name is unknown, or two fields are of one family.
+        """
         families = [family_of_field(field) for field in metadata]
         twice = next((f for f in families if families.count(f) > 1), None)
         if twice is not None:
             raise VocabularyError(f"{twice.replace('_', ' ')} is given twice among {', '.join(metadata)}: give it once")
         return [self.id(family, str(name)) for family, name in zip(families, metadata.values(), strict=True)]
-
-    # -- making new ones ---------------------------------------------------------------------------------------
 
     @classmethod
     def build(
@@ -204,33 +220,41 @@ class Vocabulary:
         metadata: Mapping[Family, Iterable[str]],
         prompts: Sequence[str] = ("<generate>", "<annotate>", "<locate>"),
     ) -> "Vocabulary":
-        """Vocabulary of our own: end, genes, metadata families, one prompt word per task, in that order."""
-        words: list[str] = ["<E>"]
+        """Make a vocabulary of end token, genes, metadata families and one prompt token per task, in that order.
+
+        Parameters
+        ----------
+        genes
+            Names of the genes.
+        metadata
+            Names of each family of ``METADATA``; those that are missing are empty.
+        prompts
+            Names of the prompt tokens, in the order of ``TASK_NAMES``.
+        """
+        tokens: list[str] = ["<E>"]
         families: dict[Family, tuple[int, ...]] = {Family.END: (0,)}
         for family, names in ((Family.GENE, genes), *((f, metadata.get(f, ())) for f in METADATA)):
             names = list(names)
-            families[family] = tuple(range(len(words), len(words) + len(names)))
-            words += names
-        families[Family.PROMPT] = tuple(range(len(words), len(words) + len(prompts)))
-        words += prompts
-        return cls(tuple(words), families, dict(zip(TASK_NAMES, families[Family.PROMPT], strict=True)))
+            families[family] = tuple(range(len(tokens), len(tokens) + len(names)))
+            tokens += names
+        families[Family.PROMPT] = tuple(range(len(tokens), len(tokens) + len(prompts)))
+        tokens += prompts
+        return cls(tuple(tokens), families, dict(zip(TASK_NAMES, families[Family.PROMPT], strict=True)))
 
     @classmethod
     def published(cls) -> "Vocabulary":
-        """Vocabulary of the published release: 2,222 words, of which 2,000 are genes.
+        """Return the vocabulary of the published release: 2,222 tokens, of which 2,000 are genes.
 
-        Its prompt words are ``<PCT>`` (annotate) and ``<SPToken1>`` (generate). Which of the other special
-        words asked for organ and region is not published; ``<SPToken2>`` stands in for it here.
+        Its prompt tokens are ``<PCT>`` (annotate) and ``<SPToken1>`` (generate). Which of the other special tokens
+        asked for organ and region is not published; ``<SPToken2>`` stands in for it here.
         """
-        from scmulan.resources import read_text
-
         return cls.from_release(json.loads(read_text("vocabulary_release.json")))
 
     @classmethod
     def from_release(cls, raw: Mapping[str, list[str]]) -> "Vocabulary":
-        """Vocabulary from the published word lists (``tokens``, ``genes``, ``organs`` …)."""
-        words = tuple(raw["tokens"])
-        place = {word: i for i, word in enumerate(words)}
+        """Make a vocabulary from the published lists (``tokens``, ``genes``, ``organs`` …)."""
+        tokens = tuple(raw["tokens"])
+        id_of = {token: i for i, token in enumerate(tokens)}
         lists = {
             Family.GENE: "genes",
             Family.ORGAN: "organs",
@@ -242,24 +266,22 @@ class Vocabulary:
             Family.COARSE: "coarse_cell_types",
             Family.FINE: "fine_cell_types",
         }
-        families = {f: tuple(sorted(place[w] for w in raw[key])) for f, key in lists.items()}
-        families[Family.END] = (place["<E>"],)
-        families[Family.PROMPT] = tuple(i for i, w in enumerate(words) if w.startswith(("<PCT", "<SPToken")))
-        prompts = {"generate": place["<SPToken1>"], "annotate": place["<PCT>"], "locate": place["<SPToken2>"]}
-        return cls(words, families, prompts)
+        families = {f: tuple(sorted(id_of[name] for name in raw[key])) for f, key in lists.items()}
+        families[Family.END] = (id_of["<E>"],)
+        families[Family.PROMPT] = tuple(i for i, token in enumerate(tokens) if token.startswith(("<PCT", "<SPToken")))
+        prompts = {"generate": id_of["<SPToken1>"], "annotate": id_of["<PCT>"], "locate": id_of["<SPToken2>"]}
+        return cls(tokens, families, prompts)
 
     def extend(self, family: Family, names: Iterable[str]) -> "Vocabulary":
-        """Vocabulary with the names that ``family`` lacks appended at the end; ids of old words stay."""
+        """Return a vocabulary with the names that ``family`` lacks appended at the end; old ids stay."""
         new = [n for n in dict.fromkeys(names) if self.find(family, n) is None]
         first = len(self.tokens)
         families = dict(self.families)
         families[family] = (*families.get(family, ()), *range(first, first + len(new)))
         return Vocabulary((*self.tokens, *new), families, self.prompts)
 
-    # -- on disk -----------------------------------------------------------------------------------------------
-
     def to_json(self) -> dict:
-        """Contents as plain JSON types."""
+        """Return the contents as plain JSON types."""
         return {
             "format": FORMAT,
             "words": list(self.tokens),
@@ -269,7 +291,7 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "Vocabulary":
-        """Vocabulary from parsed JSON: our own format or the published word lists."""
+        """Make a vocabulary from parsed JSON: this package's format or the published lists."""
         if "tokens" in raw:
             return cls.from_release(raw)
         if raw.get("format") != FORMAT:
@@ -283,7 +305,13 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        """Read a vocabulary from JSON: our own format or the published word lists."""
+        """Read a vocabulary from a JSON file: this package's format or the published lists.
+
+        Raises
+        ------
+        VocabularyError
+            If it is not JSON, or no vocabulary.
+        """
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
