@@ -36,7 +36,7 @@ def pretrain(
     """
     from scmulan.train.pretrain import describe, pretrain
 
-    report = pretrain(recipe, out, changes=what or [], dry_run=dry_run)
+    report = pretrain(recipe, out, changes=what or [], dry_run=dry_run, progress=console.PROGRESS)
     first = os.environ.get("RANK", "0") == "0"  # of a torchrun job, one process speaks
     if report["model"] is None and not dry_run:
         if first:

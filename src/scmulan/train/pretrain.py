@@ -10,6 +10,7 @@ import numpy as np
 
 from scmulan._dist import Ranks, training_ranks
 from scmulan._io.outputs import sha256
+from scmulan._progress import SILENT, Progress
 from scmulan.data.memory import StudyCells, build_store, build_vocabulary, read_studies
 from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
@@ -117,6 +118,7 @@ def pretrain(
     *,
     changes: Sequence[str] = (),
     dry_run: bool = False,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Train a model as a recipe says; the same call continues a run that was interrupted.
 
@@ -130,6 +132,8 @@ def pretrain(
         Settings that win over the file's: ``"optimizer.steps=200"``.
     dry_run
         Report what would be trained and what it would cost, without reading the cells' matrices.
+    progress
+        Shows a bar of the steps.
 
     Returns
     -------
@@ -142,10 +146,10 @@ def pretrain(
     if dry_run:
         return {"model": None, "words": 0, **estimate(plan, path.parent, int(os.environ.get("WORLD_SIZE", 1)))}
     with training_ranks(plan.run.timeout_seconds) as ranks:
-        return _train(plan, path.parent, Path(out) if out is not None else Path("runs") / plan.name, ranks)
+        return _train(plan, path.parent, Path(out) if out is not None else Path("runs") / plan.name, ranks, progress)
 
 
-def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks, progress: Progress) -> dict[str, Any]:
     def claimed() -> RunFolder:
         folder = RunFolder(out)
         ranks.run_on_first(lambda: folder.claim(plan.to_json(), free=FREE, complete=_completed))
@@ -174,6 +178,7 @@ def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
             validate=_watching(plan, data, relations, ranks),
             ranks=ranks,
             ceiling=ceiling,
+            progress=progress,
         )
         trainer.resume()
         report: dict[str, Any] = {
