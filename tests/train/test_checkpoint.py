@@ -21,7 +21,7 @@ def state(number, size=3):
 
 def save(folder, number, keep=2, **more):
     folder.save(number, state(number, **more), {"words": 10 * number}, keep)
-    folder.settle()
+    folder.wait()
 
 
 def load(folder, size=3):
@@ -32,9 +32,9 @@ def load(folder, size=3):
 
 @pytest.fixture
 def folder(tmp_path):
-    said = []
-    made = RunFolder(tmp_path / "run", say=said.append)
-    made.said = said
+    warnings = []
+    made = RunFolder(tmp_path / "run", warn=warnings.append)
+    made.warnings = warnings
     return made
 
 
@@ -65,7 +65,7 @@ def test_the_newest_checkpoint_is_loaded_and_few_are_kept(folder):
     assert files == ["facts.json", "hashes.json", "shard-00001.safetensors"]
     assert load(folder) == (30, 30.0, 30.0)
     assert folder.last_facts() == {"step": 30, "words": 300}
-    assert not folder.said
+    assert not folder.warnings
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(folder, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(folder, monkeypatch):
     assert folder.busy
     tensors["model.weight"].fill_(99.0)
     go.set()
-    folder.settle()
+    folder.wait()
     assert not folder.busy
     assert load(folder) == (1, 1.0, 1.0)
 
@@ -99,10 +99,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, file, damage):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     assert load(folder)[0] == 1
-    assert len(folder.said) == 1 and "step-000000002" in folder.said[0] and "\n" not in folder.said[0]
+    assert len(folder.warnings) == 1 and "step-000000002" in folder.warnings[0] and "\n" not in folder.warnings[0]
     if file != "hashes.json":
-        assert file in folder.said[0]
-    assert "before it is used" in folder.said[0]
+        assert file in folder.warnings[0]
+    assert "before it is used" in folder.warnings[0]
 
 
 def test_every_flipped_byte_is_found(folder):
@@ -156,28 +156,37 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from scmulan.train.checkpoint import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 folder.claim({})
-print("held", flush=True)
+child = os.fork() if len(sys.argv) > 2 else 0
+if child or len(sys.argv) == 2:
+    print("held", child, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone_however_it_ended(folder):
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("with_child", [False, True])
+def test_a_second_run_is_refused_until_the_first_is_gone_however_it_ended(folder, with_child):
+    """A child that was forked, and lives on after the kill, does not keep the folder."""
+    command = [sys.executable, "-c", HOLD, str(folder.path), *(["child"] if with_child else [])]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert first.stdout.readline() == "held\n"
+        held, child = first.stdout.readline().split()
+        assert held == "held"
         with pytest.raises(OutputError, match=rf"a run is going on in this folder \(process {first.pid} on ") as error:
             folder.claim({})
         assert "\n" not in str(error.value)
         (folder.checkpoints / ".step-000000009.partial").mkdir()
     finally:
         os.kill(first.pid, signal.SIGKILL)
-        first.communicate()
+        first.wait()
     folder.claim({})
+    if with_child:
+        os.kill(int(child), signal.SIGKILL)
+    first.stdout.close()
     assert not list(folder.checkpoints.glob(".*"))  # what the killed run had begun is cleared away
     folder.release()
 

@@ -1,8 +1,8 @@
-"""The state of a run on disk: written so that a kill at any moment leaves a usable checkpoint.
+"""The state of a run on disk: a kill at any moment leaves a usable checkpoint.
 
 A checkpoint is a folder of safetensors files (one per process that wrote it; PyTorch's distributed checkpoint reads
 them into any number of processes), ``facts.json`` and ``hashes.json``. It is written under another name while training
-goes on, flushed, hashed, then renamed. The newest that reads back whole is used; random numbers need no state, because
+goes on, flushed, hashed, then renamed. The newest that reads back whole is used. Random numbers need no state, because
 batches are a function of (seed, step).
 """
 
@@ -12,7 +12,6 @@ import shutil
 import socket
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,20 +19,20 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scmulan._dist import Ranks
-from scmulan._io.outputs import sha256
+from scmulan._io.outputs import atomic_path, lock_file, sha256
 from scmulan.errors import OutputError, RecipeError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: two runs in one folder are not told apart there
-    fcntl = None  # type: ignore[assignment]
-
-PATTERN = "step-{:09d}"
+CHECKPOINT_NAME = "step-{:09d}"
 ALONE = Ranks()
+
+
+def _warn(line: str) -> None:
+    print(f"scmulan: {line}", file=sys.stderr)
 
 
 class RunFolder:
@@ -43,17 +42,15 @@ class RunFolder:
     ----------
     path
         The folder; made if it does not exist.
-    say
-        Told in one line of a checkpoint that is damaged and passed over.
+    warn
+        Called with one line about each checkpoint that is damaged and passed over.
     """
 
-    def __init__(
-        self, path: Path, say: Callable[[str], None] = lambda line: print(f"scmulan: {line}", file=sys.stderr)
-    ) -> None:
+    def __init__(self, path: Path, warn: Callable[[str], None] = _warn) -> None:
         self.path = path
-        self.say = say
+        self.warn = warn
         self.checkpoints = path / "checkpoints"
-        self._lock: weakref.finalize | None = None
+        self._lock: FileLock | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         try:
@@ -79,7 +76,7 @@ class RunFolder:
         free
             Sections that may differ when a run is continued.
         complete
-            Gives a recipe that an earlier version wrote the settings that it lacks.
+            Adds to a recipe that an earlier version wrote the settings that it lacks.
 
         Raises
         ------
@@ -99,34 +96,32 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({_first_difference(old, new)}); "
                     "use another --out, or remove the folder to start anew"
                 )
-        _write(file, json.dumps(recipe, indent=1).encode())
+        write_text(file, json.dumps(recipe, indent=1))
 
     def lock(self) -> None:
-        """Keep other processes out until :meth:`release`, or until this process is gone, however it ends."""
-        if fcntl is None or self._lock is not None:
+        """Keep other processes out until :meth:`release`, or until this process is gone, however it ends.
+
+        Raises
+        ------
+        OutputError
+            If another process holds the folder; names it.
+        """
+        if self._lock is not None:
             return
-        try:
-            file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise OutputError(f"cannot write into the run folder {self.path}: {error.strerror}") from None
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
-            os.close(file)
-            raise OutputError(
-                f"{self.path}: a run is going on in this folder ({holder}); wait for it, or give another --out"
-            ) from None
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        self._lock = weakref.finalize(self, os.close, file)
-        for left in [*self.checkpoints.glob(".*"), *self.path.glob("*.partial")]:  # of a run that was killed
+        holder_file = self.path / ".holder"  # not the locked file, which a process that tries its luck may empty
+        holder = holder_file.read_text(encoding="utf-8") if holder_file.exists() else "another process"
+        self._lock = lock_file(
+            self.path / ".lock",
+            f"{self.path}: a run is going on in this folder ({holder}); wait for it, or give another --out",
+        )
+        holder_file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        for left in [*self.checkpoints.glob(".*"), *self.path.glob(".tmp-*")]:  # of a run that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def release(self) -> None:
         """Let others in."""
         if self._lock is not None:
-            self._lock()
+            self._lock.release()
             self._lock = None
 
     # -- writing -----------------------------------------------------------------------------------------------------
@@ -141,7 +136,7 @@ class RunFolder:
         ranks: Ranks = ALONE,
         name: str = "",
     ) -> None:
-        """Begin to write a checkpoint; :meth:`settle` ends it. All but the newest ``keep`` are dropped then.
+        """Begin to write a checkpoint; :meth:`wait` ends it. All but the newest ``keep`` are dropped then.
 
         Parameters
         ----------
@@ -158,34 +153,34 @@ class RunFolder:
         name
             Of the folder, in place of the step's.
         """
-        self.settle()
-        target = self.checkpoints / (name or PATTERN.format(step))
+        self.wait()
+        target = self.checkpoints / (name or CHECKPOINT_NAME.format(step))
         partial = target.with_name(f".{target.name}.partial")
 
-        def make() -> None:
+        def make_folder() -> None:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             except OSError as error:
-                raise _failed(target, error) from None
+                raise _write_error(target, error) from None
 
-        ranks.run_on_first(make)
+        ranks.run_on_first(make_folder)
         if ranks.world == 1:
             copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-            written: Callable[[], Any] = lambda: save_file(copies, partial / "shard-00001.safetensors")  # noqa: E731
+            write: Callable[[], Any] = lambda: save_file(copies, partial / "shard-00001.safetensors")  # noqa: E731
         else:
             storage = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             saving = dcp.async_save(dict(tensors), storage_writer=storage, process_group=ranks.io_group)
-            written = saving.result  # type: ignore[union-attr]
+            write = saving.result  # type: ignore[union-attr]
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         facts = {"step": step, **facts}
-        self._pending = self._writer.submit(self._finish, written, partial, target, facts, keep, ranks.first)
+        self._pending = self._writer.submit(self._finish, write, partial, target, facts, keep, ranks.first)
 
     def _finish(
-        self, written: Callable[[], Any], partial: Path, target: Path, facts: Mapping[str, Any], keep: int, first: bool
+        self, write: Callable[[], Any], partial: Path, target: Path, facts: Mapping[str, Any], keep: int, first: bool
     ) -> None:
         try:
-            written()
+            write()
             if not first:
                 return
             (partial / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -200,14 +195,14 @@ class RunFolder:
                 _remove(old)
         except (OSError, SafetensorError, dcp.CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise _failed(target, error) from None
+            raise _write_error(target, error) from None
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written."""
         return self._pending is not None and not self._pending.done()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until the checkpoint that was begun is written.
 
         Raises
@@ -222,18 +217,18 @@ class RunFolder:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def newest(self) -> Path | None:
-        """Newest checkpoint that is whole, or None; damaged ones are named."""
+        """Find the newest checkpoint that is whole, or None; warn of damaged ones."""
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             if not folder.is_dir():
                 continue
-            trouble = damage(folder)
-            if trouble is None:
+            damage = find_damage(folder)
+            if damage is None:
                 return folder
-            self.say(f"{trouble}; the checkpoint before it is used")
+            self.warn(f"{damage}; the checkpoint before it is used")
         return None
 
     def last_facts(self) -> dict[str, Any]:
-        """Facts of the newest checkpoint, whether its tensors are whole or not; none where there is no checkpoint."""
+        """Read the facts of the newest checkpoint, whether its tensors are whole or not; none without a checkpoint."""
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             try:
                 return read_facts(folder)
@@ -242,7 +237,7 @@ class RunFolder:
         return {}
 
     def load(self, tensors: Mapping[str, torch.Tensor], *, ranks: Ranks = ALONE) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint into tensors of this process, sharded or not, and return its facts.
+        """Read the newest whole checkpoint into tensors of this process, sharded or not; return its facts, or None.
 
         Raises
         ------
@@ -257,13 +252,13 @@ class RunFolder:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Numbers and texts that were kept with a checkpoint."""
+    """Read the numbers and texts that were kept with a checkpoint."""
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     return facts
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, ranks: Ranks = ALONE) -> None:
-    """Read a checkpoint's tensors, as many as are named, in place."""
+    """Read those of a checkpoint's tensors that are named, in place."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         with warnings.catch_warnings():  # that one process is no job is no surprise
@@ -273,8 +268,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, ranks: Ra
         raise RecipeError(f"{folder}: not the state of this network ({str(error).splitlines()[0][:200]})") from None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is whole."""
+def find_damage(folder: Path) -> str | None:
+    """Describe what is wrong with a checkpoint, naming the file; None if it is whole."""
     try:
         hashes = json.loads((folder / "hashes.json").read_text(encoding="utf-8"))
         for name, wanted in hashes.items():
@@ -288,7 +283,7 @@ def damage(folder: Path) -> str | None:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL log that lie beyond ``step``, as after a kill they will be written again."""
+    """Drop the lines of a JSONL log that lie beyond a step: after a kill they will be written again."""
     if not path.exists():
         return
     kept = []
@@ -298,16 +293,13 @@ def cut_log(path: Path, step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:  # the line that was being written at the kill
             break
-    _write(path, "".join(f"{line}\n" for line in kept).encode())
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _flush(path: Path) -> None:
@@ -326,7 +318,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _failed(target: Path, error: BaseException) -> OutputError:
+def _write_error(target: Path, error: BaseException) -> OutputError:
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]

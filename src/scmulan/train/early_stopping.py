@@ -1,7 +1,6 @@
-"""The best weights of a run, by how well they name cells that were held out."""
+"""Early stopping: keep the weights that name held-out cells best, and end a run that no longer improves."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from scmulan._io.outputs import atomic_path
+from scmulan._progress import SILENT, Progress
 from scmulan.data.memory import CellStore
 from scmulan.model.network import Mulan
+from scmulan.train.checkpoint import write_text
 from scmulan.train.validate import last_hidden_states
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
@@ -19,17 +21,17 @@ class StopTraining(Exception):
     """Raised out of a run when further training is not worth it."""
 
 
-def score(model: Mulan, store: CellStore, vocabulary: Vocabulary, relations: np.ndarray) -> dict[str, Any]:
-    """How well a network names labelled cells, choosing among all fine types of the vocabulary.
+def score(model: Mulan, store: CellStore, vocabulary: Vocabulary, satisfies: np.ndarray) -> dict[str, Any]:
+    """Score how well a network names labelled cells, choosing among all fine types of the vocabulary.
 
     Parameters
     ----------
     model, vocabulary
-        Network and its words.
+        Network and its tokens.
     store
         Cells that all have a fine type.
-    relations
-        Bool ``[V, V]``: ``[v, u]`` where saying u is right when v is the truth.
+    satisfies
+        Bool ``[V, V]``: ``[v, u]`` where predicting u is right when v is the truth.
 
     Returns
     -------
@@ -44,8 +46,8 @@ def score(model: Mulan, store: CellStore, vocabulary: Vocabulary, relations: np.
         for cells, hidden in last_hidden_states(model, store, vocabulary):
             predicted[cells] = fine[model.entity_logits(hidden)[:, fine].argmax(1).numpy()]
     model.train()
-    right = relations[truth, predicted]
-    recall = {vocabulary.tokens[w]: round(float(right[truth == w].mean()), 4) for w in np.unique(truth)}
+    right = satisfies[truth, predicted]
+    recall = {vocabulary.tokens[token]: round(float(right[truth == token].mean()), 4) for token in np.unique(truth)}
     return {
         "accuracy": round(float(right.mean()), 4),
         "macro_recall": round(float(np.mean(list(recall.values()))), 4),
@@ -56,9 +58,6 @@ def score(model: Mulan, store: CellStore, vocabulary: Vocabulary, relations: np.
 class EarlyStopping:
     """Keeps the best weights so far beside the run's checkpoints, and ends a run that no longer improves.
 
-    What is measured follows from the run's settings alone, so that checks come out as before when a killed run is
-    continued: what is on disk stays true even where it is ahead of the newest checkpoint.
-
     Parameters
     ----------
     folder
@@ -66,15 +65,24 @@ class EarlyStopping:
     measure
         Scores a network, see :func:`score`.
     patience
-        Steps without anything better, after which :class:`StopTraining` is raised.
+        Steps without an improvement after which :class:`StopTraining` is raised.
     progress
-        Told each check in a line.
+        Shown each check in a line.
+
+    Notes
+    -----
+    A score follows from the run's settings and the step alone, so checks come out as before when a killed run is
+    continued: what is on disk stays true even where it is ahead of the newest checkpoint.
     """
 
     def __init__(
-        self, folder: Path, measure: Callable[[Mulan], dict[str, Any]], patience: int, progress: Callable[[str], None]
+        self,
+        folder: Path,
+        measure: Callable[[Mulan], dict[str, Any]],
+        patience: int,
+        progress: Progress = SILENT,
     ) -> None:
-        self.figures = folder / "best.json"
+        self.report_file = folder / "best.json"
         self.weights_file = folder / "best.pt"
         self.measure = measure
         self.patience = patience
@@ -82,30 +90,30 @@ class EarlyStopping:
 
     def start(self, model: Mulan) -> None:
         """Begin with a network before its first step."""
-        found = self.measure(model)
-        self._write({"best_step": 0, "before": _short(found), "validation": found}, model)
-        self.progress(_line("before training", found, better=False))
+        scores = self.measure(model)
+        self._write({"best_step": 0, "before": _means(scores), "validation": scores}, model)
+        self.progress.log(_line("before training", scores, best=False))
 
-    def check(self, model: Mulan, step: int) -> dict[str, float]:
-        """Score the network of a step; keep it if it is the best.
+    def check(self, model: Mulan, steps_done: int) -> dict[str, float]:
+        """Score the network after so many steps; keep it if it is the best.
 
         Raises
         ------
         StopTraining
-            If nothing better was found for so long as patience lasts.
+            If nothing better was found for ``patience`` steps.
         """
-        found, best = self.measure(model), self.report()
-        better = _key(found) > _key(best["validation"])
-        self.progress(_line(f"step {step:,}", found, better))
+        scores, report = self.measure(model), self.report()
+        better = _criterion(scores) > _criterion(report["validation"])
+        self.progress.log(_line(f"step {steps_done:,}", scores, best=better))
         if better:
-            self._write({**best, "best_step": step, "validation": found}, model)
-        elif step - best["best_step"] >= self.patience:
+            self._write({**report, "best_step": steps_done, "validation": scores}, model)
+        elif steps_done - report["best_step"] >= self.patience:
             raise StopTraining
-        return _short(found)
+        return _means(scores)
 
     def report(self) -> dict[str, Any]:
-        """``best_step``, its scores ``validation``, and those ``before`` training."""
-        report: dict[str, Any] = json.loads(self.figures.read_text(encoding="utf-8"))
+        """Read ``best_step``, its scores ``validation``, and those ``before`` training."""
+        report: dict[str, Any] = json.loads(self.report_file.read_text(encoding="utf-8"))
         return report
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -114,22 +122,20 @@ class EarlyStopping:
         return weights
 
     def _write(self, report: dict[str, Any], model: Mulan) -> None:
-        partial = self.weights_file.with_suffix(".partial")
-        torch.save(model.state_dict(), partial)
-        os.replace(partial, self.weights_file)
-        # Last: a kill in between leaves old figures, and the check that wrote the weights is then repeated.
-        partial.write_text(json.dumps(report), encoding="utf-8")
-        os.replace(partial, self.figures)
+        with atomic_path(self.weights_file) as temporary:
+            torch.save(model.state_dict(), temporary)
+        # Last: a kill in between leaves the old report, and the check that wrote the weights is then repeated.
+        write_text(self.report_file, json.dumps(report))
 
 
-def _key(scores: dict[str, Any]) -> float:
+def _criterion(scores: dict[str, Any]) -> float:
     return float(scores["accuracy"] + scores["macro_recall"])
 
 
-def _short(scores: dict[str, Any]) -> dict[str, float]:
+def _means(scores: dict[str, Any]) -> dict[str, float]:
     return {name: scores[name] for name in ("accuracy", "macro_recall")}
 
 
-def _line(when: str, scores: dict[str, Any], better: bool) -> str:
+def _line(when: str, scores: dict[str, Any], best: bool) -> str:
     text = f"{when}: accuracy {scores['accuracy']:.3f}, macro recall {scores['macro_recall']:.3f}"
-    return text + " (best so far)" if better else text
+    return text + " (best so far)" if best else text

@@ -207,7 +207,7 @@ class Trainer:
         self.folder.save(self.steps_done, self.tensors(), facts, self.run_config.keep, ranks=self.ranks)
         self._saved_step, self._saved_at = self.steps_done, time.monotonic()
         if wait:
-            self.folder.settle()
+            self.folder.wait()
 
     def _facts(self) -> dict[str, Any]:
         return {"words": self.tokens, "cells": self.cells, "flops": self.flops}
@@ -257,7 +257,7 @@ class Trainer:
                     started += time.monotonic() - before
             if self._saved_step != self.steps_done:
                 self.save(wait=False)
-            self.folder.settle()
+            self.folder.wait()
         return self.steps_done >= self.config.steps
 
     def step(self) -> StepMetrics:
@@ -406,7 +406,7 @@ class Trainer:
                 if tensor is not None and not torch.isfinite(local(tensor)).all():
                     not_finite.setdefault(kind, []).append(name)
         self.folder.save(self.steps_done, self.tensors(), self._facts(), 10**9, ranks=self.ranks, name=DIVERGED)
-        self.folder.settle()
+        self.folder.wait()
         if self.ranks.first:
             losses = {"entity": metrics.entity, "value": metrics.value, "gradient": metrics.grad_norm}
             report = {
