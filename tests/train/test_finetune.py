@@ -234,9 +234,7 @@ def test_the_best_step_is_kept_and_a_run_without_progress_ends(parent, cells, tm
 
 def test_best_counts_patience_from_the_best_step(network, tmp_path):
     values = iter([0.5, 0.5, 0.6, 0.6, 0.6])
-    best = EarlyStopping(
-        tmp_path, lambda _: {"accuracy": next(values), "macro_recall": 0.0, "recall": {}}, 20, lambda _: None
-    )
+    best = EarlyStopping(tmp_path, lambda _: {"accuracy": next(values), "macro_recall": 0.0, "recall": {}}, 20)
     best.start(network)
     best.check(network, 10)  # as good is not better
     assert best.report()["best_step"] == 0

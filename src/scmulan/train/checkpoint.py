@@ -38,6 +38,8 @@ def _warn(line: str) -> None:
 class RunFolder:
     """Folder of one run: ``recipe.json``, ``vocabulary.json``, ``log.jsonl``, ``checkpoints/``.
 
+    Used as a context, it is released at the end.
+
     Parameters
     ----------
     path
@@ -57,6 +59,12 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the run folder {path}: {error.strerror}") from None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     # -- whose folder it is ------------------------------------------------------------------------------------------
 

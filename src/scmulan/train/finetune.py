@@ -95,19 +95,19 @@ def finetune(
     parent = model if isinstance(model, LoadedModel) else load_model(model)
     cells = _read_cells(data, labels, parent.vocabulary, config)
     plan = _make_plan(cells, parent, labels, config)
-    folder = RunFolder(out.absolute().with_name(f".{out.name}.run"))
-    folder.claim(plan.settings)
+    with RunFolder(out.absolute().with_name(f".{out.name}.run")) as folder:
+        folder.claim(plan.settings)
 
-    report = _report(cells, parent.vocabulary)
-    progress.log(_plan_line(report, plan.optimizer.steps))
-    trainer, best, finished = _train(parent, cells, plan, config, folder, progress)
-    report |= {"steps": trainer.steps_done, **best.report()}
-    if not finished:
-        return report
+        report = _report(cells, parent.vocabulary)
+        progress.log(_plan_line(report, plan.optimizer.steps))
+        trainer, best, finished = _train(parent, cells, plan, config, folder, progress)
+        report |= {"steps": trainer.steps_done, **best.report()}
+        if not finished:
+            return report
 
-    trainer.model.load_state_dict(best.weights())
-    card = _card(out.name, parent, cells, plan, config, trainer, report)
-    save_model(out, trainer.model, cells.vocabulary, card, dtype=torch.float16, force=force or out.is_dir())
+        trainer.model.load_state_dict(best.weights())
+        card = _card(out.name, parent, cells, plan, config, trainer, report)
+        save_model(out, trainer.model, cells.vocabulary, card, dtype=torch.float16, force=force or out.is_dir())
     shutil.rmtree(folder.path)
     return {**report, "model": str(out)}
 
@@ -272,7 +272,7 @@ def _train(
     def measure(model: Mulan) -> dict[str, Any]:
         return score(model, cells.held_out, vocabulary, relations)
 
-    best = EarlyStopping(folder.path, measure, config.patience * plan.check_every, progress.log)
+    best = EarlyStopping(folder.path, measure, config.patience * plan.check_every, progress)
     trainer = Trainer(
         network,
         Batches(cells.train, vocabulary, plan.batches, config.seed, relations if config.ontology else None),
@@ -281,6 +281,7 @@ def _train(
         optimizer=plan.optimizer,
         run=RunConfig(validate_every=plan.check_every),
         validate=lambda model: best.check(model, trainer.steps_done),
+        progress=progress,
     )
     if not trainer.resume():
         fit_head(network, cells.train, vocabulary, plan.objective.name, config.seed)
