@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from scmulan.data.spec import read_corpus_spec, read_spec
-from scmulan.errors import RecipeError, VocabularyError
+from scmulan.errors import RecipeError
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
 
@@ -69,7 +69,7 @@ def test_a_folder_is_relative_to_the_file_that_says_so(folder):
         ({"study": [{"file": "a.h5ad", "name": 3}]}, RecipeError, r"data\.study\[1\]\.name = 3: expected a text"),
         ({"study": {"file": "a.h5ad"}}, RecipeError, r"data\.study = .*: expected a list"),
         ({"columns": "organ", "study": [{"file": "a.h5ad"}]}, RecipeError, r"data\.columns = 'organ': expected a tab"),
-        ({"columns": {"flavour": "x"}, "study": [{"file": "a.h5ad"}]}, VocabularyError, "unknown metadata field"),
+        ({"columns": {"flavour": "x"}, "study": [{"file": "a.h5ad"}]}, RecipeError, "unknown metadata field"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(folder, raw, error, message):

@@ -36,9 +36,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 
-from scmulan._settings import Meta, convert, read_toml
-from scmulan.errors import RecipeError
-from scmulan.vocab.vocabulary import METADATA, Family, family_of_field
+from scmulan._settings import Meta, convert, nearest, read_toml
+from scmulan.errors import RecipeError, VocabularyError
+from scmulan.vocab.vocabulary import FIELD_NAMES, METADATA, Family, family_of_field
 
 DONOR = "donor"
 MatrixKind = Literal["counts", "log1p"]
@@ -185,9 +185,7 @@ def read_corpus_spec(path: Path) -> CorpusSpec:
     Raises
     ------
     RecipeError
-        If the file is no TOML, a setting is unknown or has a wrong value, or a file does not exist.
-    VocabularyError
-        If a metadata family is unknown.
+        If the file is no TOML, a setting or a metadata field is unknown, a value is wrong, or a file does not exist.
     """
     raw = read_toml(path, "a corpus")
     if "data" in raw and "study" not in raw:  # a recipe
@@ -196,6 +194,7 @@ def read_corpus_spec(path: Path) -> CorpusSpec:
             "data"
         ]
     text = convert(CorpusText, raw, str(path), renamed=_renamed(raw))
+    _check_fields(text, str(path), "")
     vocabulary = text.vocabulary
     if vocabulary not in ("", "published"):
         file = path.parent / vocabulary
@@ -234,12 +233,33 @@ def read_spec(
     Raises
     ------
     RecipeError
-        If a setting is unknown or has a wrong value, or a file does not exist.
-    VocabularyError
-        If a metadata family is unknown.
+        If a setting or a metadata field is unknown, a value is wrong, or a file does not exist.
     """
-    text = convert(StudiesText, raw, source, section=section, renamed=_renamed(raw, f"{section}."))
-    return _resolve_studies(text, base)
+    return _resolve_studies(parse_studies(raw, source, section), base)
+
+
+def parse_studies(raw: Mapping[str, Any], source: str, section: str = "") -> StudiesText:
+    """Check a parsed TOML table of studies, without looking for their files; see :func:`read_spec`."""
+    text = convert(StudiesText, raw, source, section=section, renamed=_renamed(raw, f"{section}." if section else ""))
+    _check_fields(text, source, section)
+    return text
+
+
+def _check_fields(text: StudiesText, source: str, section: str) -> None:
+    """Refuse names of metadata fields that mean no family."""
+    prefix = f"{section}." if section else ""
+    tables: dict[str, Mapping[str, Any]] = {f"{prefix}columns": text.columns, f"{prefix}rename": text.rename}
+    for number, study in enumerate(text.study, 1):
+        where = f"{prefix}study[{number}]"
+        tables |= {f"{where}.columns": study.columns, f"{where}.rename": study.rename, f"{where}.fixed": study.fixed}
+    for table, fields in tables.items():
+        for name in fields:
+            try:
+                _by_family({name: None})
+            except VocabularyError as error:
+                near = nearest(name, [*map(str, METADATA), *FIELD_NAMES, DONOR])
+                suggestion = "" if near is None else f"; did you mean {near!r}?"
+                raise RecipeError(f"{source}: {table}: {error}{suggestion}") from None
 
 
 def _renamed(raw: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

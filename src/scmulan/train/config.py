@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from scmulan._settings import Meta, OneOf, convert, read_toml
-from scmulan.data.spec import StudySpec, read_spec
+from scmulan.data.spec import StudySpec, parse_studies, read_spec
 from scmulan.errors import RecipeError
 from scmulan.train.batches import BatchConfig
 from scmulan.vocab.tasks import TASKS
@@ -239,6 +239,9 @@ def recipe_from_json(raw: dict[str, Any], source: str) -> Recipe:
                 f"{source}: data.{extra[0]} beside corpus: a corpus has its studies and vocabulary already"
             )
         convert(CorpusData, recipe.data, source, section="data")
+    else:
+        parse_studies(recipe.data, source, "data")
+    parse_studies(recipe.validation, source, "validation")
     return recipe
 
 
