@@ -21,10 +21,8 @@ from scmulan.data.readers import hash_input, matrix_of, open_study, resolve_colu
 from scmulan.data.spec import StudySpec
 from scmulan.data.store import CellSource
 from scmulan.vocab.genes import GeneMatch, GeneTable, match_genes
-from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix
+from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix, column_map
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
-
-BLOCK_CELLS = 4096
 
 
 @dataclass
@@ -63,7 +61,7 @@ class StudyCells:
         with open_study(spec) as adata:
             chosen = matrix_of(adata, spec)
             genes, columns = resolve_columns(chosen.var, table)
-            matrix, total = _read_genes(chosen, columns, len(genes))
+            matrix, total = _read_values(chosen, columns, len(genes))
             metadata = {f: names.to_numpy(dtype=object) for f, names in spec.metadata(adata.obs).items()}
         return cls(spec, genes, matrix, total, chosen.matrix_kind, metadata, hash_input(spec.file))
 
@@ -162,7 +160,7 @@ def build_store(studies: Sequence[StudyCells], vocabulary: Vocabulary) -> CellSt
     for i, study in enumerate(studies):
         columns = np.array([index.get(gene, -1) for gene in study.genes], dtype=np.int64)
         measured[i, columns[columns >= 0]] = True
-        matrix = (study.matrix @ _column_map(columns, n_genes)).tocsr()
+        matrix = (study.matrix @ column_map(columns, n_genes)).tocsr()
         matrix.sort_indices()
         matrices.append(matrix)
     cells = [len(study.total) for study in studies]
@@ -224,7 +222,7 @@ def store_from_adata(
     chosen = choose_matrix(adata, layer=layer, matrix_kind=matrix_kind)
     n_genes = len(vocabulary.genes)
     match = match_genes(chosen.var, vocabulary.genes, minimum=min_genes, source=name)
-    matrix, total = _read_genes(chosen, match.columns, n_genes)
+    matrix, total = _read_values(chosen, match.columns, n_genes)
     measured = np.zeros((1, n_genes), dtype=bool)
     measured[0, match.columns[match.columns >= 0]] = True
     store = CellStore(
@@ -264,42 +262,10 @@ def token_ids(cells: int, vocabulary: Vocabulary, metadata: Mapping[Family, np.n
     return ids
 
 
-def _read_genes(matrix: ExpressionMatrix, columns: np.ndarray, n_genes: int) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Read all cells; columns of one gene are summed on counts.
-
-    Parameters
-    ----------
-    matrix
-        Matrix to read.
-    columns
-        int ``[columns]``: index of each column's gene, or −1.
-    n_genes
-        Number of genes.
-
-    Returns
-    -------
-    matrix : scipy.sparse.csr_matrix, float32 [cells, genes]
-        Values of the kind of the input.
-    total : numpy.ndarray, float32 [cells]
-        Sum over all columns, of counts or counts per 10,000.
-    """
-    logged = matrix.matrix_kind == "log1p"
-    to_genes = _column_map(columns, n_genes)
-    blocks, totals = [], []
-    for _, block in matrix.chunks(BLOCK_CELLS):
-        if logged:
-            block.data = np.expm1(block.data)
-        totals.append(np.asarray(block.sum(1)).ravel())
-        genes = (block @ to_genes).tocsr()
-        genes.sort_indices()
-        if logged:
-            genes.data = np.log1p(genes.data)
-        blocks.append(genes)
-    return sp.vstack(blocks, format="csr").astype(np.float32), np.concatenate(totals).astype(np.float32)
-
-
-def _column_map(columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Return the 0/1 matrix ``[columns, genes]`` that adds columns up to genes."""
-    inside = np.flatnonzero(columns >= 0)
-    ones = np.ones(len(inside), dtype=np.float32)
-    return sp.csr_matrix((ones, (inside, columns[inside])), shape=(len(columns), n_genes))
+def _read_values(matrix: ExpressionMatrix, columns: np.ndarray, n_genes: int) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Read all cells as :meth:`ExpressionMatrix.read_amounts` does, but in values of the matrix's own kind, sorted."""
+    values, total = matrix.read_amounts(columns, n_genes)
+    values.sort_indices()
+    if matrix.matrix_kind == "log1p":
+        values.data = np.log1p(values.data)
+    return values, total

@@ -16,6 +16,7 @@ from scmulan._io.adata import open_input
 from scmulan._io.outputs import sha256
 from scmulan.errors import InputError, ScmulanError
 from scmulan.model.loading import LoadedModel, load
+from scmulan.vocab.binning import log1p_normalised
 from scmulan.vocab.gene_table import GeneTable
 from scmulan.vocab.genes import match_genes
 from scmulan.vocab.matrix import choose_matrix
@@ -115,8 +116,7 @@ class Expression:
         select = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(self.genes), len(genes)))
         x = sp.csr_matrix(self.amounts @ select)
         sums = self.total if total == "file" else np.asarray(x.sum(1)).ravel()
-        scale = np.divide(1e4, sums, out=np.zeros(len(sums)), where=sums > 0)
-        x.data = np.log1p(x.data * np.repeat(scale, np.diff(x.indptr))).astype(np.float32)
+        x.data = log1p_normalised(x.data.astype(np.float64), x.indptr, sums).astype(np.float32)
         return x
 
 
@@ -138,20 +138,11 @@ def read_expression(adata: ad.AnnData, source: str) -> Expression:
     matrix = choose_matrix(adata)
     symbols = GeneTable.load().symbols
     match = match_genes(matrix.var, symbols, warn_below=0.0, source=source)
-    matched = np.flatnonzero(match.columns >= 0)
-    genes, column_of = np.unique(match.columns[matched], return_inverse=True)
-    fold = sp.csr_matrix((np.ones(len(matched), np.float32), (matched, column_of)), shape=(matrix.n_genes, len(genes)))
-    amounts, totals = [], []
-    for _, block in matrix.chunks():
-        if matrix.matrix_kind == "log1p":
-            block.data = np.expm1(block.data)
-        totals.append(np.asarray(block.sum(1)).ravel())
-        amounts.append(sp.csr_matrix(block @ fold))
-    return Expression(
-        amounts=sp.vstack(amounts, format="csr").astype(np.float32),
-        genes=[symbols[i] for i in genes],
-        total=np.concatenate(totals),
-    )
+    found, index = np.unique(match.columns[match.columns >= 0], return_inverse=True)
+    columns = match.columns.copy()
+    columns[columns >= 0] = index
+    amounts, total = matrix.read_amounts(columns, len(found))
+    return Expression(amounts=amounts, genes=[symbols[i] for i in found], total=total)
 
 
 @contextmanager

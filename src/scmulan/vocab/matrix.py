@@ -103,6 +103,41 @@ class ExpressionMatrix:
                 csr.data *= np.float32(self._factor)
             yield rows, csr
 
+    def read_amounts(self, columns: np.ndarray, n_genes: int, size: int = 4096) -> tuple[sp.csr_matrix, np.ndarray]:
+        """Read all cells in the genes of a vocabulary; columns of one gene are summed, on counts.
+
+        Parameters
+        ----------
+        columns
+            int ``[n_genes of this matrix]``: index of each column's gene, or −1.
+        n_genes
+            Number of genes of the vocabulary.
+        size
+            Cells read at a time.
+
+        Returns
+        -------
+        amounts : scipy.sparse.csr_matrix, float32 [cells, n_genes]
+            Counts, or counts per 10,000 where the matrix is log1p. Genes of a cell are in no order.
+        total : numpy.ndarray, float32 [cells]
+            Sum over all columns.
+        """
+        to_genes = column_map(columns, n_genes)
+        amounts, totals = [], []
+        for _, block in self.chunks(size):
+            if self.matrix_kind == "log1p":
+                block.data = np.expm1(block.data)
+            totals.append(np.asarray(block.sum(1)).ravel())
+            amounts.append((block @ to_genes).tocsr())
+        return sp.vstack(amounts, format="csr"), np.concatenate(totals)
+
+
+def column_map(columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
+    """Return the 0/1 matrix ``[columns, n_genes]``, float32, by which a matrix is multiplied to sum columns by gene."""
+    matched = np.flatnonzero(columns >= 0)
+    ones = np.ones(len(matched), dtype=np.float32)
+    return sp.csr_matrix((ones, (matched, columns[matched])), shape=(len(columns), n_genes))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classification:
