@@ -8,7 +8,7 @@ import scanpy
 import scmulan
 from scmulan._io.adata import write_h5ad
 from scmulan.evaluate.annotation import evaluate_annotation
-from scmulan.model.loading import resolve_model, verify_hashes
+from scmulan.model.folder import resolve_model, verify_hashes
 from scmulan.train.config import read_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")

@@ -18,20 +18,20 @@ SHAPES = [
 @pytest.mark.parametrize("config", SHAPES)
 def test_parameters_are_those_of_the_network(config):
     with torch.device("meta"):
-        assert cost.parameters(config) == sum(p.numel() for p in Mulan(config).parameters())
+        assert cost.count_parameters(config) == sum(p.numel() for p in Mulan(config).parameters())
 
 
 def test_published_shape():
-    assert cost.parameters(PUBLISHED) == 368_800_320
+    assert cost.count_parameters(PUBLISHED) == 368_800_320
     assert cost.weight_bytes(PUBLISHED) == 1_475_201_280
     assert cost.weight_bytes(PUBLISHED, "bf16") == 737_600_640
     assert cost.kv_bytes_per_token(PUBLISHED, "bf16") == 107_520  # 2 × 24 layers × 1120 × 2 bytes
     # 24 × 12 × 1120² multiply-adds in the blocks, 2 × 2222 × 1120 in the heads
     assert cost.forward_flops_per_token(PUBLISHED) == 2 * (361_267_200 + 4_977_280)
-    assert cost.training_flops_per_token(PUBLISHED) == 6 * (361_267_200 + 4_977_280)
-    # attention: q·k and weights·v, each 1120 multiply-adds per layer and word looked at
-    per_word = cost.forward_flops_per_token(PUBLISHED, context=1000, heads=False)
-    assert per_word == 2 * (361_267_200 + 24 * 2 * 1120 * 1000)
+    assert cost.batch_flops(PUBLISHED, 1000, 10, 300) == 3 * 10 * cost.sentence_flops(PUBLISHED, 100, heads_at=30)
+    # attention: q·k and weights·v, each 1120 multiply-adds per layer and token attended to
+    per_token = cost.forward_flops_per_token(PUBLISHED, context=1000, heads=False)
+    assert per_token == 2 * (361_267_200 + 24 * 2 * 1120 * 1000)
 
 
 def test_cache_size_is_what_the_cache_takes():
@@ -46,11 +46,11 @@ def test_sentence_flops_are_those_that_torch_counts(config):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    network, words = Mulan(config), 12
-    entity = torch.zeros(1, words, dtype=torch.int64)
+    network, n_tokens = Mulan(config), 12
+    entity = torch.zeros(1, n_tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
         hidden = network(entity, entity)[:, -1]
         network.entity_logits(hidden), network.value_mean(hidden)
     # torch's dense attention does the masked half as well
-    masked = config.layers * 4 * config.width * words * (words - 1) / 2
-    assert counter.get_total_flops() == cost.sentence_flops(config, words) + masked
+    masked = config.layers * 4 * config.width * n_tokens * (n_tokens - 1) / 2
+    assert counter.get_total_flops() == cost.sentence_flops(config, n_tokens) + masked

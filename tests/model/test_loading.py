@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from scmulan._io.outputs import sha256
 from scmulan.errors import ModelError, OutputError
-from scmulan.model.folder import HASHED, packaged_models, verify_hashes
-from scmulan.model.loading import load_model, read_card, resolve_model, save_model
+from scmulan.model.folder import HASHED, packaged_models, read_card, resolve_model, verify_hashes
+from scmulan.model.loading import load_model, save_model
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
 CARD = {"name": "tiny", "covered": 0.4, "rules": {"embedding": "mean"}}
@@ -98,7 +98,8 @@ def test_all_files_are_equally_readable(folder):
 
 def test_described_without_torch(folder):
     code = (
-        "import sys; from scmulan.model.loading import read_card, read_config, read_vocabulary, resolve_model\n"
+        "import sys, scmulan.model.loading\n"
+        "from scmulan.model.folder import read_card, read_config, read_vocabulary, resolve_model\n"
         "from pathlib import Path; folder = resolve_model(sys.argv[1])\n"
         "assert read_card(folder)['name'] == 'tiny' and read_config(folder)['width'] == 16\n"
         "assert len(read_vocabulary(folder)) == 9\n"
@@ -272,10 +273,10 @@ def test_full_disk_leaves_nothing(tmp_path):
         "from scmulan.vocab.vocabulary import Vocabulary\n"
         "from scmulan.model.loading import save_model\n"
         "from scmulan.model.network import Mulan, MulanConfig\n"
-        "words = Vocabulary.build(['A'], {})\n"
-        "network = Mulan(MulanConfig(vocabulary=len(words), layers=1, heads=1, width=128)).initialise(0)\n"
+        "vocabulary = Vocabulary.build(['A'], {})\n"
+        "network = Mulan(MulanConfig(vocabulary=len(vocabulary), layers=1, heads=1, width=128)).initialise(0)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n    save_model(sys.argv[1], network, words, {})\n"
+        "try:\n    save_model(sys.argv[1], network, vocabulary, {})\n"
         "except OutputError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=True, capture_output=True, text=True)

@@ -75,14 +75,14 @@ def test_stored_outputs_agree(imported, stored, name):
         ("embedding", (0, 47), 2e-4),
         ("generated_ids", (2, 50), 1),
         ("generated_ids", (0, 0), 1),  # in the prompt
-        ("generated_ids", (1, 123), -3000),  # the last word, taken away
-        ("generated_ids", (0, 122), 3000),  # a word too many
+        ("generated_ids", (1, 123), -3000),  # the last token, taken away
+        ("generated_ids", (0, 122), 3000),  # a token too many
         ("generated_values", (3, 123), 1),
     ],
 )
 def test_one_changed_number_is_named(imported, arrays, fixture, what, at, change):
     changed = arrays[what].copy()
-    if abs(change) == 3000:  # padding in place of a word, or the other way round
+    if abs(change) == 3000:  # padding in place of a token, or the other way round
         changed[at] = -1 if change < 0 else 7
     else:
         changed[at] += change

@@ -14,7 +14,8 @@ import scmulan
 from scmulan._progress import Progress
 from scmulan.data.memory import store_from_adata
 from scmulan.errors import GeneError, InputError, ModelError, OutputError, RecipeError, VocabularyError
-from scmulan.model.loading import save_model, verify_hashes
+from scmulan.model.folder import verify_hashes
+from scmulan.model.loading import save_model
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train import finetune as module
 from scmulan.train.early_stopping import EarlyStopping, StopTraining, score

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scmulan.benchmarks.ceiling import best_seconds, machine
+from scmulan.benchmarks.ceiling import machine
+from scmulan.model.cost import best_seconds
 from scmulan.model.cpu_attention.attention import causal_attention
 from scmulan.model.cpu_attention.kv_cache import CpuKVCache
 from scmulan.model.kv_cache import KVCache

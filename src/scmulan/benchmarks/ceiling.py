@@ -1,36 +1,18 @@
-"""The most that this machine does: matrix products per data type, and bytes copied per second."""
-
-import time
-from collections.abc import Callable
+"""Ceilings of this machine: matrix products per data type, and bytes copied per second."""
 
 import torch
 
 from scmulan._machine import cpu
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def best_seconds(work: Callable[[], object], *, repeats: int = 5) -> float:
-    """Seconds of the fastest of some runs, after one that does not count: a ceiling is undisturbed work."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+from scmulan.model.cost import DTYPES, best_seconds, gemm_seconds
 
 
 def gemm_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, *, repeats: int = 5) -> float:
-    """Operations per second of ``[rows, inner] @ [inner, columns]``; a multiply-add is two."""
-    a = torch.randn(rows, inner).to(dtype)
-    b = torch.randn(columns, inner).to(dtype)
-    seconds = best_seconds(lambda: torch.nn.functional.linear(a, b), repeats=repeats)
-    return 2.0 * rows * inner * columns / seconds
+    """Measure the operations per second of ``[rows, inner] @ [inner, columns]``; a multiply-add is two."""
+    return 2.0 * rows * inner * columns / gemm_seconds(rows, inner, columns, dtype, repeats=repeats)
 
 
 def copy_bandwidth(megabytes: int = 256, *, repeats: int = 5) -> float:
-    """Bytes per second read and written by a large copy."""
+    """Measure the bytes per second read and written by a large copy."""
     source = torch.zeros(megabytes * 2**18)
     target = torch.empty_like(source)
     seconds = best_seconds(lambda: target.copy_(source), repeats=repeats)
@@ -38,7 +20,7 @@ def copy_bandwidth(megabytes: int = 256, *, repeats: int = 5) -> float:
 
 
 def machine(*, quick: bool = False) -> dict[str, object]:
-    """CPU, cores, torch and measured ceilings: the ``machine`` of a benchmark's line.
+    """Describe CPU, cores, torch and measured ceilings: the ``machine`` of a benchmark's line.
 
     ``gemm_gflops`` holds the best of a few shapes per data type (the published model's feed-forward among them).
     """

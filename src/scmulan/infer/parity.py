@@ -1,11 +1,10 @@
 """Check a model folder, and compare the model with stored outputs of the published release.
 
-Stored outputs of the published release: read, and checked for sense, before anything is compared.
-
-A fixture is an ``.npz`` without pickles: ``config`` (JSON), ``expression`` (cells × genes, log1p), ``prompt_ids`` and
-``prompt_values`` (padded with −1), ``entity_logits`` and ``value_outputs`` at the last prompt position,
-``annotation_ids``, ``annotation_values`` and ``annotation_ids_kv`` (both decoding rules), ``embedding``,
-``generation_prompts`` (JSON), ``generated_ids`` and ``generated_values`` (prompt included).
+A fixture of stored outputs is an ``.npz`` without pickles: ``config`` (JSON), ``expression`` (cells × genes, log1p),
+``prompt_ids`` and ``prompt_values`` (padded with −1), ``entity_logits`` and ``value_outputs`` at the last prompt
+position, ``annotation_ids``, ``annotation_values`` and ``annotation_ids_kv`` (both decoding rules), ``embedding``,
+``generation_prompts`` (JSON), ``generated_ids`` and ``generated_values`` (prompt included). It is checked for sense
+before anything is compared.
 """
 
 import json
@@ -27,38 +26,305 @@ from scmulan.vocab.sentences import Sentences, gene_prompts
 from scmulan.vocab.tasks import ANNOTATE, GENERATE
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
+# Arrays of a fixture: ids and values per cell, padded with −1; numbers per cell; ids and values per generation prompt.
 PADDED = ("prompt_ids", "prompt_values", "annotation_ids", "annotation_values", "annotation_ids_kv")
 NUMBERS = ("entity_logits", "value_outputs", "embedding")
 GENERATED = ("generated_ids", "generated_values")
 # Not among what the release's fixtures hold, but compared where a file has it.
-EXTRA = ("annotation_values_kv",)
-
-# Settings of `config` under our names; its other entries (the seed) say nothing about the network's shape.
-SETTINGS = {
-    "layers": "layers",
-    "heads": "heads",
-    "width": "width",
-    "bias": "bias",
-    "levels": "levels",
-    "vocab": "vocabulary",
-    "vocabulary": "vocabulary",
+OPTIONAL = ("annotation_values_kv",)
+# Entries of ``config`` and our names for them; its other entries (the seed) say nothing about the network's shape.
+SETTINGS = {name: name for name in ("layers", "heads", "width", "bias", "levels", "vocabulary")} | {
+    "vocab": "vocabulary"
 }
+# Largest absolute difference of logits, expected bins and embeddings.
+TOLERANCE = 1e-4
+# Largest batch: rows, and bytes of keys and values.
+MAX_ROWS, MAX_CACHE_BYTES = 16, 2**30
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One number or setting in which the model is not what it should be."""
+
+    what: str
+    """Name of the array or setting of the fixture, or of the weight of the model."""
+    cell: int | None = None
+    """Row of the array: index of the cell, or of the generation prompt."""
+    word: str | None = None
+    """Token of the vocabulary, or index in the row."""
+    expected: float | int | str | None
+    """Content of the fixture."""
+    found: float | int | str | None
+    """Output of the model."""
+
+    def __str__(self) -> str:
+        row = "prompt" if self.what in GENERATED else "cell"
+        where = [self.what, *([] if self.cell is None else [f"{row} {self.cell}"]), *([self.word] if self.word else [])]
+        return f"{', '.join(where)}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """Result of comparing one array."""
+
+    compared: int
+    """Number of numbers compared."""
+    different: int
+    """Number of those that differ by more than the tolerance or are not finite."""
+    max_difference: float | None
+    """Largest absolute difference; None where it is not finite or nothing was compared."""
+    tolerance: float
+    """Largest absolute difference allowed; 0 for ids and bins."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParityReport:
+    """Result of a verification."""
+
+    model: str
+    """The model, as it was named."""
+    weights_hash: str
+    """sha256 of its weights."""
+    fixture: str | None = None
+    """Fixture file, or None where the model was checked alone."""
+    cells: int = 0
+    """Number of cells of the fixture."""
+    checks: dict[str, Check] = field(default_factory=dict)
+    """Result of each comparison, in the order made."""
+    absent: list[str] = field(default_factory=list)
+    """Arrays that were not compared because the fixture lacks them or what they need."""
+    first_difference: Difference | None = None
+    """The first difference, or None."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no difference."""
+        return self.first_difference is None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types, with ``passed`` and a one-line ``summary``."""
+        return {"passed": self.passed, "summary": str(self), **asdict(self)}
+
+    def __str__(self) -> str:
+        if self.first_difference is not None:
+            return f"{self.model} is not as {self.fixture or 'its files promise'}: {self.first_difference}"
+        if self.fixture is None:
+            return f"{self.model}: files, shapes and one forward pass are in order"
+        worst = max((c.max_difference or 0.0 for c in self.checks.values()), default=0.0)
+        absent = f" (not in the fixture: {', '.join(self.absent)})" if self.absent else ""
+        return f"{self.model} agrees with {self.fixture}: {self.cells} cells, largest difference {worst:.1e}{absent}"
+
+
+# -- the verification --------------------------------------------------------------------------------------------------
+
+
+def verify(model: str | Path, fixture: str | Path | None = None, *, device: str = "cpu") -> ParityReport:
+    """Check a model folder, and compare the model with stored outputs.
+
+    Parameters
+    ----------
+    model
+        Path of a model folder, or the name of a packaged model.
+    fixture
+        ``.npz`` to compare with (format: :mod:`scmulan.infer.parity`): logits, value outputs and embeddings to 1e-4,
+        prompts and decoded tokens exactly. Without one, hashes, shapes and one forward pass are checked.
+    device
+        Where to run, in float32.
+
+    Returns
+    -------
+    ParityReport
+        ``passed``, the first difference, and the largest difference of each array.
+
+    Raises
+    ------
+    ModelError
+        If the folder is no usable model (a file missing, altered or not fitting).
+    InputError
+        If the fixture cannot be read or contradicts itself.
+    """
+    stored = None if fixture is None else read_fixture(fixture)
+    loaded = load_model(model, device=device)
+    report = ParityReport(model=str(model), weights_hash=loaded.weights_hash)
+    if stored is None:
+        _check_finite(loaded, report)
+        return report
+    report.fixture, report.cells = str(fixture), stored.cells
+    compare = _Comparison(report, stored, loaded.vocabulary)
+    if compare.shapes(loaded):
+        _compare_cells(loaded, stored, compare)
+        if stored.generation_prompts and "generated_ids" in stored.arrays:
+            _compare_generation(loaded, stored, compare)
+        if not report.checks:
+            raise InputError(f"fixture {fixture}: none of the outputs to compare with is there")
+        report.absent = [name for name in (*PADDED, *NUMBERS, *GENERATED) if name not in report.checks]
+    return report
+
+
+def _check_finite(loaded: LoadedModel, report: ParityReport) -> None:
+    """Check that weights, and outputs after a prompt of some genes, are finite numbers."""
+    genes = loaded.vocabulary.ids(Family.GENE)[:64]
+    entity = np.append(genes, loaded.vocabulary.prompts[ANNOTATE.name])
+    value = np.append(np.arange(len(genes)) % loaded.config.levels + 1, 0)
+    logits, values = head_outputs(loaded.network, Sentences.join([(entity, value, len(entity))]))
+    finite = {name: weight.isfinite().cpu().numpy() for name, weight in loaded.network.state_dict().items()}
+    finite |= {"entity_logits": np.isfinite(logits), "value_outputs": np.isfinite(values)}
+    for what, good in finite.items():
+        bad = int(good.size - good.sum())
+        report.checks[what] = Check(compared=good.size, different=bad, max_difference=None, tolerance=0.0)
+        if bad and report.first_difference is None:
+            report.first_difference = Difference(what=what, expected="finite numbers", found=f"{bad} that are not")
+
+
+def _compare_cells(loaded: LoadedModel, fixture: "Fixture", compare: "_Comparison") -> None:
+    """Compare prompts, head outputs, annotation by both rules and embeddings of the fixture's cells."""
+    if fixture.expression is None:
+        prompts = fixture.prompts(loaded.config.vocabulary, loaded.config.levels)
+    else:
+        # The model reads our own reading of the expression, which has to be the stored prompt as well.
+        genes = fixture.expression.shape[1]
+        columns = np.arange(genes, dtype=np.int32)
+        matrix = sp.csr_matrix(fixture.expression.astype(np.float32))
+        tokens = tokenize(matrix, columns, genes, matrix_kind="log1p", levels=loaded.config.levels)
+        prompts = gene_prompts(tokens, loaded.vocabulary, ANNOTATE)
+        entity, value, lengths = prompts.padded()
+        inside = np.arange(entity.shape[1]) < lengths[:, None]
+        compare.exact("prompt_ids", np.where(inside, entity, -1))
+        compare.exact("prompt_values", np.where(inside, value, -1))
+    if prompts is None:
+        return
+    network, end = loaded.network, loaded.vocabulary.end
+    batch_size = _batch_size(loaded, int(prompts.lengths.max()))
+    logits, values = head_outputs(network, prompts, batch_size=batch_size)
+    compare.close("entity_logits", logits, compare.token_name)
+    compare.close("value_outputs", values, compare.token_name)
+    rules: tuple[tuple[Rule, str], ...] = (("release", ""), ("release_cache", "_kv"))
+    for rule, suffix in rules:
+        decoded = annotate(network, prompts, end=end, rule=rule, batch_size=batch_size)
+        compare.exact(f"annotation_ids{suffix}", decoded.entity)
+        compare.exact(f"annotation_values{suffix}", decoded.value)
+        if rule == "release":
+            compare.close("embedding", decoded.embedding, "dimension {}".format)
+
+
+def _compare_generation(loaded: LoadedModel, fixture: "Fixture", compare: "_Comparison") -> None:
+    """Compare greedy generation after each of the fixture's generation prompts."""
+    prompt_token, end = loaded.vocabulary.prompts[GENERATE.name], loaded.vocabulary.end
+    ids = [
+        np.array([*(_metadata_token(fixture, loaded.vocabulary, name) for name in names), prompt_token])
+        for names in fixture.generation_prompts
+    ]
+    prompts = Sentences.join([(entity, np.zeros_like(entity), len(entity)) for entity in ids])
+    limits = fixture.generation_limits(prompts.lengths, end)
+    batch_size = _batch_size(loaded, int((prompts.lengths + limits).max()))
+    decoded = decode(
+        loaded.network, prompts, max_tokens=int(limits.max()), end=end, rule="release_cache", batch_size=batch_size
+    )
+    shape = (len(ids), int(prompts.lengths.max()) + decoded.entity.shape[1])
+    entity, value = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    for i, prompt in enumerate(ids):
+        n, new = len(prompt), min(int(limits[i]), decoded.entity.shape[1])
+        entity[i, :n], value[i, :n] = prompt, 0
+        entity[i, n : n + new], value[i, n : n + new] = decoded.entity[i, :new], decoded.value[i, :new]
+    compare.exact("generated_ids", entity)
+    compare.exact("generated_values", value)
+
+
+def _metadata_token(fixture: "Fixture", vocabulary: Vocabulary, name: str) -> int:
+    for family in METADATA:
+        found = vocabulary.find(family, name)
+        if found is not None:
+            return found
+    raise InputError(f"fixture {fixture.path}: generation prompt with {name!r}, which is no metadata word of the model")
+
+
+def _batch_size(loaded: LoadedModel, n_tokens: int) -> int:
+    """Return how many sentences of ``n_tokens`` have keys and values of no more than a gigabyte."""
+    return max(1, min(MAX_ROWS, MAX_CACHE_BYTES // (kv_bytes_per_token(loaded.config, "fp32") * n_tokens)))
+
+
+class _Comparison:
+    """Comparison of arrays with the fixture's of the same name; results go into the report."""
+
+    def __init__(self, report: ParityReport, fixture: "Fixture", vocabulary: Vocabulary) -> None:
+        self.report, self.fixture, self.vocabulary = report, fixture, vocabulary
+
+    def shapes(self, loaded: LoadedModel) -> bool:
+        """Compare the network's shape and the number of genes; where they differ, nothing else can be compared."""
+        pairs = [(f"config {n}", value, getattr(loaded.config, n)) for n, value in self.fixture.settings.items()]
+        if self.fixture.expression is not None:
+            pairs.append(("number of genes", self.fixture.expression.shape[1], len(self.vocabulary.genes)))
+        for what, expected, found in pairs:
+            if expected != found:
+                self.report.first_difference = Difference(what=what, expected=expected, found=found)
+                return False
+        return True
+
+    def token_name(self, i: int) -> str:
+        """Return how a token is named in a difference."""
+        return f"word {self.vocabulary.tokens[i]!r}"
+
+    def exact(self, what: str, found: np.ndarray) -> None:
+        """Compare ids or bins, padded with −1, which have to be equal."""
+        if what in self.fixture.arrays:
+            expected = self.fixture.arrays[what].astype(np.int64)
+            width = max(expected.shape[1], found.shape[1])
+            both = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in (expected, found)]
+            self._compare(what, both[0], both[1], 0.0, "place {}".format)
+
+    def close(self, what: str, found: np.ndarray, name: Callable[[int], str]) -> None:
+        """Compare numbers, which have to agree within the tolerance; ``name`` says what a column is."""
+        if what in self.fixture.arrays:
+            expected = self.fixture.arrays[what].astype(np.float64)
+            self._compare(what, expected, found.astype(np.float64), TOLERANCE, name)
+
+    def _compare(
+        self, what: str, expected: np.ndarray, found: np.ndarray, tolerance: float, name: Callable[[int], str]
+    ) -> None:
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(expected - found)
+        wrong = ~(difference <= tolerance)  # NaN is a difference too
+        largest = float(difference.max())
+        self.report.checks[what] = Check(
+            compared=wrong.size,
+            different=int(wrong.sum()),
+            max_difference=largest if math.isfinite(largest) else None,
+            tolerance=tolerance,
+        )
+        if wrong.any() and self.report.first_difference is None:
+            cell, i = (int(n) for n in np.argwhere(wrong)[0])
+            stored, ours = (self._shown(what, a[cell, i]) for a in (expected, found))
+            self.report.first_difference = Difference(what=what, cell=cell, word=name(i), expected=stored, found=ours)
+
+    def _shown(self, what: str, number: Any) -> float | int | str:
+        if isinstance(number, np.floating):
+            return float(number) if math.isfinite(number) else str(number)
+        if number < 0:
+            return "nothing"
+        if "ids" in what and number < len(self.vocabulary):
+            return f"{int(number)} ({self.vocabulary.tokens[number]})"
+        return int(number)
+
+
+# -- reading a fixture -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fixture:
-    """Contents of a fixture."""
+    """Stored outputs of a network."""
 
     path: Path
     """The file."""
     settings: dict[str, int]
-    """Shape of the network that made it, under our names, as far as the file tells."""
+    """Shape of the network that made it, under our names, as far as the file says."""
     arrays: dict[str, np.ndarray]
     """Arrays to compare with, each two-dimensional: one row per cell or generation prompt."""
     expression: np.ndarray | None
     """log1p values ``[cells, genes]``."""
     generation_prompts: list[list[str]]
-    """Metadata words of each generation prompt; empty where the file has none."""
+    """Metadata tokens of each generation prompt; empty where the file has none."""
 
     @property
     def cells(self) -> int:
@@ -68,7 +334,7 @@ class Fixture:
         return max((len(a) for n, a in self.arrays.items() if n not in GENERATED), default=0)
 
     def prompts(self, vocabulary: int, levels: int) -> Sentences | None:
-        """Prompts as stored, or None where they are not.
+        """Return the stored prompts, or None where there are none.
 
         Raises
         ------
@@ -89,11 +355,11 @@ class Fixture:
                 )
         return Sentences.join([(ids[i, :n], values[i, :n], int(n)) for i, n in enumerate(lengths)])
 
-    def new_words(self, prompt_lengths: np.ndarray, end: int) -> np.ndarray:
-        """How many words may be said after each generation prompt: the file shows it without saying it.
+    def generation_limits(self, prompt_lengths: np.ndarray, end: int) -> np.ndarray:
+        """Infer how many tokens may follow each generation prompt, int64 ``[prompts]``: the file does not say it.
 
-        Sentences that do not stop at the end word stop at a limit, of new words or of all words: whichever explains
-        more of the rows.
+        Sentences without an end token stopped at a limit, of new tokens or of all tokens: whichever explains more of
+        the rows.
         """
         ids = self.arrays["generated_ids"]
         total = _lengths(ids)
@@ -110,7 +376,7 @@ class Fixture:
 
 
 def read_fixture(path: str | Path) -> Fixture:
-    """Read a fixture; any of the arrays to compare may be absent.
+    """Read a fixture, any of whose arrays to compare may be absent.
 
     Raises
     ------
@@ -118,8 +384,8 @@ def read_fixture(path: str | Path) -> Fixture:
         If the file is no fixture or contradicts itself; one line that names the array.
     """
     path = Path(path)
-    raw = _load(path)
-    arrays = {name: raw[name] for name in (*PADDED, *NUMBERS, *GENERATED, *EXTRA) if name in raw}
+    raw = _read_npz(path)
+    arrays = {name: raw[name] for name in (*PADDED, *NUMBERS, *GENERATED, *OPTIONAL) if name in raw}
     expression = raw.get("expression")
     prompts = _json(path, raw, "generation_prompts", list) if "generation_prompts" in raw else []
     if not all(isinstance(p, list) and all(isinstance(word, str) for word in p) for p in prompts):
@@ -131,7 +397,7 @@ def read_fixture(path: str | Path) -> Fixture:
     return Fixture(path=path, settings=settings, arrays=arrays, expression=expression, generation_prompts=prompts)
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"fixture {path}: no such file, expected an .npz of stored outputs")
     try:
@@ -158,11 +424,12 @@ def _json(path: Path, raw: dict[str, np.ndarray], name: str, kind: type) -> Any:
 
 
 def _settings(path: Path, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    """Collect the network's shape from ``config`` and from the arrays, which must not contradict each other."""
     settings: dict[str, int] = {}
-    told = [(SETTINGS[key], value, f"config {key}") for key, value in config.items() if key in SETTINGS]
-    seen = [("vocabulary", n) for n in ("entity_logits", "value_outputs")] + [("width", "embedding")]
-    told += [(name, arrays[array].shape[1], f"the width of {array}") for name, array in seen if array in arrays]
-    for name, value, source in told:
+    sources = [(SETTINGS[key], value, f"config {key}") for key, value in config.items() if key in SETTINGS]
+    columns = [("vocabulary", n) for n in ("entity_logits", "value_outputs")] + [("width", "embedding")]
+    sources += [(name, arrays[array].shape[1], f"the width of {array}") for name, array in columns if array in arrays]
+    for name, value, source in sources:
         if not isinstance(value, int):
             raise InputError(f"fixture {path}: {source} is {value!r}, expected a whole number or true or false")
         if settings.setdefault(name, value) != value:
@@ -171,13 +438,12 @@ def _settings(path: Path, config: dict[str, Any], arrays: dict[str, np.ndarray])
 
 
 def _check_arrays(path: Path, arrays: dict[str, np.ndarray], expression: np.ndarray | None, prompts: int) -> None:
-    """Dimensions, types and row counts; what the numbers say is for the comparison to find."""
+    """Check dimensions, types and numbers of rows; the numbers themselves are for the comparison."""
     if prompts == 0:
         for name in GENERATED:
-            arrays.pop(name, None)  # sentences without their prompts cannot be asked for
-    everything = arrays if expression is None else {"expression": expression, **arrays}
+            arrays.pop(name, None)  # sentences without their prompts cannot be generated again
     cells: int | None = None
-    for name, array in everything.items():
+    for name, array in (arrays if expression is None else {"expression": expression, **arrays}).items():
         wanted = np.floating if name in (*NUMBERS, "expression") else np.integer
         if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, wanted):
             raise InputError(
@@ -193,271 +459,11 @@ def _check_arrays(path: Path, arrays: dict[str, np.ndarray], expression: np.ndar
 
 
 def _lengths(ids: np.ndarray) -> np.ndarray:
-    """Numbers of each row up to the last that is no padding."""
+    """Return the length of each row up to the last number that is no padding."""
     return (np.arange(1, ids.shape[1] + 1) * (ids >= 0)).max(1)
 
 
 def _most_common(numbers: np.ndarray) -> tuple[int, int]:
+    """Return the most common number, and how often it comes."""
     values, counts = np.unique(numbers, return_counts=True)
     return int(values[counts.argmax()]), int(counts.max())
-
-
-TOLERANCE = 1e-4
-CACHE_BYTES = 2**30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """One place where the model is not what it should be."""
-
-    what: str
-    """Array or setting of the fixture, or weight of the model."""
-    cell: int | None = None
-    """Row: cell, or generation prompt."""
-    word: str | None = None
-    """Which word of the vocabulary, or which place in the row."""
-    expected: float | int | str | None
-    """What the fixture says."""
-    found: float | int | str | None
-    """What the model gives."""
-
-    def __str__(self) -> str:
-        row = "prompt" if self.what in GENERATED else "cell"
-        where = [self.what, *([] if self.cell is None else [f"{row} {self.cell}"]), *([self.word] if self.word else [])]
-        return f"{', '.join(where)}: expected {self.expected}, found {self.found}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """Comparison of one array."""
-
-    compared: int
-    """Numbers compared."""
-    different: int
-    """Numbers that differ by more than the tolerance, or are no finite numbers."""
-    max_difference: float | None
-    """Largest absolute difference; None where there is none to give."""
-    tolerance: float
-    """Largest difference allowed; 0 for ids and bins."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ParityReport:
-    """What a verification found."""
-
-    model: str
-    """Model as it was asked for."""
-    weights_hash: str
-    """sha256 of its weights."""
-    fixture: str | None = None
-    """Fixture file, or None where the model was checked alone."""
-    cells: int = 0
-    """Cells of the fixture."""
-    checks: dict[str, Check] = field(default_factory=dict)
-    """Each comparison, in the order made."""
-    absent: list[str] = field(default_factory=list)
-    """Arrays that were not compared because the fixture lacks them or what they need."""
-    first_difference: Difference | None = None
-    """What is wrong first, or None."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong."""
-        return self.first_difference is None
-
-    def to_json(self) -> dict[str, Any]:
-        """Contents as plain JSON types, ``passed`` and a one-line ``summary`` included."""
-        return {"passed": self.passed, "summary": str(self), **asdict(self)}
-
-    def __str__(self) -> str:
-        if self.first_difference is not None:
-            return f"{self.model} is not as {self.fixture or 'its files promise'}: {self.first_difference}"
-        if self.fixture is None:
-            return f"{self.model}: files, shapes and one forward pass are in order"
-        worst = max((c.max_difference or 0.0 for c in self.checks.values()), default=0.0)
-        absent = f" (not in the fixture: {', '.join(self.absent)})" if self.absent else ""
-        return f"{self.model} agrees with {self.fixture}: {self.cells} cells, largest difference {worst:.1e}{absent}"
-
-
-def verify(model: str | Path, fixture: str | Path | None = None, *, device: str = "cpu") -> ParityReport:
-    """Check a model folder, and compare the model with stored outputs.
-
-    Parameters
-    ----------
-    model
-        Path of a model folder, or the name of a packaged model.
-    fixture
-        ``.npz`` to compare with (see :mod:`scmulan.infer.parity`): logits, value outputs and embeddings to 1e-4,
-        prompts and decoded words exactly. Without one, hashes, shapes and one forward pass are checked.
-    device
-        Where to run, in float32.
-
-    Returns
-    -------
-    ParityReport
-        ``passed``, the first difference, and the largest difference of each array.
-
-    Raises
-    ------
-    ModelError
-        If the folder is no usable model (a file missing, altered or not fitting).
-    InputError
-        If the fixture cannot be read or contradicts itself.
-    """
-    stored = None if fixture is None else read_fixture(fixture)
-    loaded = load_model(model, device=device)
-    report = ParityReport(model=str(model), weights_hash=loaded.weights_hash)
-    if stored is None:
-        _check_alone(loaded, report)
-        return report
-    report.fixture, report.cells = str(fixture), stored.cells
-    compare = _Comparison(report, stored, loaded.vocabulary)
-    if compare.settings(loaded):
-        _compare_cells(loaded, stored, compare)
-        if stored.generation_prompts and "generated_ids" in stored.arrays:
-            _compare_generation(loaded, stored, compare)
-        if not report.checks:
-            raise InputError(f"fixture {fixture}: none of the outputs to compare with is there")
-        report.absent = [name for name in (*PADDED, *NUMBERS, *GENERATED) if name not in report.checks]
-    return report
-
-
-def _check_alone(loaded: LoadedModel, report: ParityReport) -> None:
-    """Weights, and the outputs after a prompt of some genes, must be finite numbers."""
-    genes = loaded.vocabulary.ids(Family.GENE)[:64]
-    entity = np.append(genes, loaded.vocabulary.prompts[ANNOTATE.name])
-    value = np.append(np.arange(len(genes)) % loaded.config.levels + 1, 0)
-    logits, values = head_outputs(loaded.network, Sentences.join([(entity, value, len(entity))]))
-    finite = {name: weight.isfinite().cpu().numpy() for name, weight in loaded.network.state_dict().items()}
-    finite |= {"entity_logits": np.isfinite(logits), "value_outputs": np.isfinite(values)}
-    for what, good in finite.items():
-        bad = int(good.size - good.sum())
-        report.checks[what] = Check(compared=good.size, different=bad, max_difference=None, tolerance=0.0)
-        if bad and report.first_difference is None:
-            report.first_difference = Difference(what=what, expected="finite numbers", found=f"{bad} that are not")
-
-
-def _compare_cells(loaded: LoadedModel, fixture: Fixture, compare: "_Comparison") -> None:
-    if fixture.expression is None:
-        prompts = fixture.prompts(loaded.config.vocabulary, loaded.config.levels)
-    else:
-        # The model reads our own reading of the expression, which has to be the stored prompt as well.
-        genes = fixture.expression.shape[1]
-        columns = np.arange(genes, dtype=np.int32)
-        matrix = sp.csr_matrix(fixture.expression.astype(np.float32))
-        words = tokenize(matrix, columns, genes, matrix_kind="log1p", levels=loaded.config.levels)
-        prompts = gene_prompts(words, loaded.vocabulary, ANNOTATE)
-        entity, value, lengths = prompts.padded()
-        inside = np.arange(entity.shape[1]) < lengths[:, None]
-        compare.exact("prompt_ids", np.where(inside, entity, -1))
-        compare.exact("prompt_values", np.where(inside, value, -1))
-    if prompts is None:
-        return
-    network, end = loaded.network, loaded.vocabulary.end
-    size = _batch_size(loaded, int(prompts.lengths.max()))
-    logits, values = head_outputs(network, prompts, batch_size=size)
-    compare.close("entity_logits", logits, compare.named)
-    compare.close("value_outputs", values, compare.named)
-    rules: tuple[tuple[Rule, str], ...] = (("release", ""), ("release_cache", "_kv"))
-    for rule, suffix in rules:
-        said = annotate(network, prompts, end=end, rule=rule, batch_size=size)
-        compare.exact(f"annotation_ids{suffix}", said.entity)
-        compare.exact(f"annotation_values{suffix}", said.value)
-        if rule == "release":
-            compare.close("embedding", said.embedding, "dimension {}".format)
-
-
-def _compare_generation(loaded: LoadedModel, fixture: Fixture, compare: "_Comparison") -> None:
-    ask, end = loaded.vocabulary.prompts[GENERATE.name], loaded.vocabulary.end
-    ids = [
-        np.array([*(_metadata_word(fixture, loaded.vocabulary, name) for name in names), ask])
-        for names in fixture.generation_prompts
-    ]
-    prompts = Sentences.join([(entity, np.zeros_like(entity), len(entity)) for entity in ids])
-    most = fixture.new_words(prompts.lengths, end)
-    size = _batch_size(loaded, int((prompts.lengths + most).max()))
-    said = decode(loaded.network, prompts, max_tokens=int(most.max()), end=end, rule="release_cache", batch_size=size)
-    shape = (len(ids), int(prompts.lengths.max()) + said.entity.shape[1])
-    entity, value = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-    for i, prompt in enumerate(ids):
-        n = len(prompt)
-        new = min(int(most[i]), said.entity.shape[1])
-        entity[i, :n], value[i, :n] = prompt, 0
-        entity[i, n : n + new], value[i, n : n + new] = said.entity[i, :new], said.value[i, :new]
-    compare.exact("generated_ids", entity)
-    compare.exact("generated_values", value)
-
-
-def _metadata_word(fixture: Fixture, vocabulary: Vocabulary, name: str) -> int:
-    for family in METADATA:
-        found = vocabulary.find(family, name)
-        if found is not None:
-            return found
-    raise InputError(f"fixture {fixture.path}: generation prompt with {name!r}, which is no metadata word of the model")
-
-
-def _batch_size(loaded: LoadedModel, words: int) -> int:
-    """Sentences at a time such that their keys and values stay within a gigabyte."""
-    return max(1, min(16, CACHE_BYTES // (kv_bytes_per_token(loaded.config, "fp32") * words)))
-
-
-class _Comparison:
-    """Compares arrays with the fixture's of the same name, and keeps the first difference."""
-
-    def __init__(self, report: ParityReport, fixture: Fixture, vocabulary: Vocabulary) -> None:
-        self.report, self.fixture, self.vocabulary = report, fixture, vocabulary
-
-    def settings(self, loaded: LoadedModel) -> bool:
-        """Shape of the network and number of genes; where they differ, nothing else can be compared."""
-        pairs = [(f"config {n}", value, getattr(loaded.config, n)) for n, value in self.fixture.settings.items()]
-        if self.fixture.expression is not None:
-            pairs.append(("number of genes", self.fixture.expression.shape[1], len(self.vocabulary.genes)))
-        for what, expected, found in pairs:
-            if expected != found:
-                self.report.first_difference = Difference(what=what, expected=expected, found=found)
-                return False
-        return True
-
-    def named(self, i: int) -> str:
-        """Word of the vocabulary."""
-        return f"word {self.vocabulary.tokens[i]!r}"
-
-    def exact(self, what: str, found: np.ndarray) -> None:
-        """Ids or bins, padded with −1: equal."""
-        if what in self.fixture.arrays:
-            expected = self.fixture.arrays[what].astype(np.int64)
-            width = max(expected.shape[1], found.shape[1])
-            both = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in (expected, found)]
-            self._keep(what, both[0], both[1], 0.0, "place {}".format)
-
-    def close(self, what: str, found: np.ndarray, place: Callable[[int], str]) -> None:
-        """Numbers: within the tolerance."""
-        if what in self.fixture.arrays:
-            self._keep(what, self.fixture.arrays[what].astype(np.float64), found.astype(np.float64), TOLERANCE, place)
-
-    def _keep(
-        self, what: str, expected: np.ndarray, found: np.ndarray, tolerance: float, place: Callable[[int], str]
-    ) -> None:
-        with np.errstate(invalid="ignore"):
-            apart = np.abs(expected - found)
-        wrong = ~(apart <= tolerance)  # NaN is a difference too
-        largest = float(apart.max())
-        self.report.checks[what] = Check(
-            compared=wrong.size,
-            different=int(wrong.sum()),
-            max_difference=largest if math.isfinite(largest) else None,
-            tolerance=tolerance,
-        )
-        if wrong.any() and self.report.first_difference is None:
-            cell, i = (int(n) for n in np.argwhere(wrong)[0])
-            wanted, given = (self._shown(what, a[cell, i]) for a in (expected, found))
-            self.report.first_difference = Difference(what=what, cell=cell, word=place(i), expected=wanted, found=given)
-
-    def _shown(self, what: str, number: Any) -> float | int | str:
-        if isinstance(number, np.floating):
-            return float(number) if math.isfinite(number) else str(number)
-        if number < 0:
-            return "nothing"
-        if "ids" in what and number < len(self.vocabulary):
-            return f"{int(number)} ({self.vocabulary.tokens[number]})"
-        return int(number)

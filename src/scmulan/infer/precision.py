@@ -8,8 +8,8 @@ sample of the cells at hand.
 """
 
 import copy
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from scmulan._machine import MeasurementCache, cpu
 from scmulan.errors import ModelError
 from scmulan.infer.scoring import score_labels
+from scmulan.model.cost import best_seconds
 from scmulan.model.loading import LoadedModel
 from scmulan.model.network import Block, MulanConfig
 from scmulan.vocab.sentences import Sentences
@@ -186,25 +187,14 @@ def block_seconds(config: MulanConfig, device: torch.device, tokens: int = TIMED
         for precision in PRECISIONS:
             try:
                 converted = block if precision == "fp32" else _converted(block, precision)
-                trial = _best_seconds(converted, few, device, repeats=1)
+                trial = best_seconds(partial(converted, few, None, 0, None), device=device, repeats=1)
                 if trial > MAX_TRIAL_SLOWDOWN * fastest:
                     continue
                 fastest = min(fastest, trial)
-                seconds[precision] = _best_seconds(converted, many, device)
+                seconds[precision] = best_seconds(partial(converted, many, None, 0, None), device=device, repeats=3)
             except (RuntimeError, AttributeError):  # not in this build, or not on this device
                 continue
     return seconds
-
-
-def _best_seconds(block: nn.Module, x: Tensor, device: torch.device, repeats: int = 3) -> float:
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        block(x, None, 0, None)
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def cached_block_seconds(config: MulanConfig, device: torch.device, tokens: int = TIMED_TOKENS) -> dict[str, float]:

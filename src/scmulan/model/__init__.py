@@ -1,5 +1,4 @@
-"""The network and its files: what turns words into hidden states, and how a model is stored.
+"""The network and its files: what turns tokens into hidden states, and how a model is stored.
 
-Torch may enter here. Nothing in this room reads cells or knows about AnnData; a model folder is the only thing
-on disk it writes.
+Nothing in this package reads cells or knows about AnnData; a model folder is the only thing on disk that it writes.
 """

@@ -1,9 +1,8 @@
-"""A model folder: which files it holds, how they are named, hashed, read and written. No torch here.
+"""Files of a model folder: find, read, verify, write and describe them, without torch.
 
-``config.json`` (the network's shape), ``vocabulary.json``, ``card.json`` (what the model knows and where it is from),
-``model.safetensors`` (weights) and ``hashes.json`` (sha256 of each of these).
-
-What a model folder says about itself, without torch and without reading its weights into memory.
+``config.json`` (shape of the network), ``vocabulary.json``, ``card.json`` (training card: what the model knows and
+where it is from), ``model.safetensors`` (weights) and ``hashes.json`` (sha256 of each of these). How weights become a
+network is in :mod:`scmulan.model.loading`.
 """
 
 import json
@@ -29,18 +28,23 @@ HASHES = "hashes.json"
 
 
 def packaged_models() -> dict[str, Path]:
-    """Models that ship with scmulan, by name."""
-    room = Path(str(files("scmulan.resources")))
-    return {path.parent.name: path.parent for path in sorted(room.glob("*/config.json"))}
+    """Return the folders of the models that ship with scmulan, by name."""
+    resources = Path(str(files("scmulan.resources")))
+    return {path.parent.name: path.parent for path in sorted(resources.glob("*/config.json"))}
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """Folder of a model: a local model folder, or the name of one that ships with scmulan.
+    """Find the folder of a model.
+
+    Parameters
+    ----------
+    name_or_path
+        A local model folder, which wins, or the name of a model that ships with scmulan.
 
     Raises
     ------
     ModelError
-        If there is neither; the message lists the packaged models.
+        If there is neither; the message lists the models that ship.
     """
     path = Path(name_or_path)
     packaged = packaged_models()
@@ -61,7 +65,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read the settings of the network, without the format key."""
+    """Read the shape of the network: ``config.json`` without its format key."""
     raw = _read_object(Path(folder), "config.json")
     found = raw.pop("format", None)
     if found != FORMAT:
@@ -70,23 +74,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """Read the training card: what the model knows, what it was made from, and how."""
+    """Read the training card."""
     return _read_object(Path(folder), "card.json")
 
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:
-    """Read the words of a model."""
+    """Read the vocabulary of a model."""
     raw = _read_object(Path(folder), "vocabulary.json")
     try:
         return Vocabulary.from_json(raw)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # ours (ValueErrors too) speak for themselves; the others come from JSON that is no vocabulary at all
+        # Errors of scmulan (ValueErrors too) explain themselves; others come from JSON that is no vocabulary at all.
         reason = str(error) if isinstance(error, ScmulanError) else f"not a vocabulary ({error!r})"
         raise ModelError(f"{Path(folder) / 'vocabulary.json'}: {reason}") from None
 
 
 def read_hashes(folder: str | Path) -> dict[str, str]:
-    """Read the stored sha256 of each file; the files themselves are not read."""
+    """Read the stored sha256 of each file, without reading the files."""
     folder = Path(folder)
     hashes = _read_object(folder, HASHES)
     for name in HASHED:
@@ -96,17 +100,17 @@ def read_hashes(folder: str | Path) -> dict[str, str]:
 
 
 def verify_hashes(folder: str | Path) -> dict[str, str]:
-    """Compare every file with its stored sha256 and return the hashes.
+    """Compare every file with its stored sha256, and return the hashes.
 
     Raises
     ------
     ModelError
-        Naming the first file that is missing or was altered.
+        If a file is missing or was altered; the message names the first one.
     """
     folder = Path(folder)
     hashes = read_hashes(folder)
     for name in HASHED:
-        found = sha256(existing(folder, name))
+        found = sha256(existing_file(folder, name))
         if found != hashes[name]:
             raise ModelError(
                 f"{folder / name}: altered since the model was written (sha256 {found[:12]}…, "
@@ -115,8 +119,8 @@ def verify_hashes(folder: str | Path) -> dict[str, str]:
     return hashes
 
 
-def existing(folder: Path, name: str) -> Path:
-    """Path of one of the folder's files; a ModelError where it is missing."""
+def existing_file(folder: Path, name: str) -> Path:
+    """Return the path of one of the folder's files; raise a :class:`ModelError` if it is missing."""
     path = folder / name
     if not path.is_file():
         raise ModelError(f"{folder}: {name} is missing; a model folder holds {', '.join((*HASHED, HASHES))}")
@@ -124,7 +128,8 @@ def existing(folder: Path, name: str) -> Path:
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any]:
-    path = existing(folder, name)
+    """Read one of the folder's JSON files, which has to hold an object."""
+    path = existing_file(folder, name)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -140,15 +145,20 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def new_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Temporary folder beside ``folder`` which takes its place when the block ends without an error.
+def writing_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that replaces the model folder when the block ends without an error.
 
     Parameters
     ----------
     folder
-        Where the model shall be.
+        Path of the model folder.
     force
         Replace what is there, if that is a model folder or empty. Other folders are never removed.
+
+    Yields
+    ------
+    Path
+        Empty folder for :func:`write_json`, the weights and :func:`write_hashes`.
 
     Raises
     ------
@@ -171,12 +181,15 @@ def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
 
 
 def write_hashes(folder: Path) -> None:
-    """Hash the folder's files into ``hashes.json``."""
+    """Write ``hashes.json``: sha256 of each of the other files."""
     write_json(folder, HASHES, {name: sha256(folder / name) for name in HASHED})
 
 
+# -- describing -----------------------------------------------------------------------------------------------------
+
+
 def describe_model(name_or_path: str | Path) -> dict[str, Any]:
-    """Describe a model in plain types.
+    """Describe a model in plain types, without reading its weights into memory.
 
     Parameters
     ----------
@@ -187,7 +200,7 @@ def describe_model(name_or_path: str | Path) -> dict[str, Any]:
     -------
     dict
         ``name``, ``folder``, ``description``, ``parameters``, ``mebibytes``, ``stored_as`` (types of the weights),
-        ``weights_hash``, ``config``, ``objective``, ``genes`` (number), ``words`` (metadata words of each family) and
+        ``weights_hash``, ``config``, ``objective``, ``genes`` (number), ``words`` (metadata tokens by family) and
         ``card``. The files are not compared with their hashes: ``scmulan model verify`` does that.
 
     Raises
@@ -197,14 +210,14 @@ def describe_model(name_or_path: str | Path) -> dict[str, Any]:
     """
     folder = resolve_model(name_or_path)
     config, card, vocabulary = read_config(folder), read_card(folder), read_vocabulary(folder)
-    parameters, kinds = _weights(folder / WEIGHTS)
+    parameters, dtypes = _weights(folder / WEIGHTS)
     return {
         "name": str(card.get("name", folder.name)),
         "folder": str(folder),
         "description": str(card.get("description") or card.get("summary") or ""),
         "parameters": parameters,
         "mebibytes": round(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 2**20, 2),
-        "stored_as": kinds,
+        "stored_as": dtypes,
         "weights_hash": read_hashes(folder)[WEIGHTS],
         "config": config,
         "objective": str(card.get("objective", "published")),
@@ -215,7 +228,7 @@ def describe_model(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def _weights(path: Path) -> tuple[int, list[str]]:
-    """Count the weights and name their types, from the head of the file."""
+    """Return the number of weights and their types, from the head of the file."""
     try:
         with safe_open(path, framework="numpy") as file:
             slices = [file.get_slice(name) for name in file.keys()]

@@ -1,4 +1,4 @@
-"""Read a checkpoint in the layout of the published scMulan release and write it as a model folder.
+"""Import a checkpoint in the layout of the published scMulan release as a model folder.
 
 The layout is a ``torch.save`` of ``{"model_args": {…}, "model": {name: tensor}}``. It is opened with
 ``weights_only=True`` and nothing else: a pickle that wants to run code is refused before it does.
@@ -22,8 +22,9 @@ from scmulan.model.network import Mulan, MulanConfig
 from scmulan.vocab.vocabulary import Vocabulary
 
 # Prefixes that torch.compile and DDP put before every name.
-WRAPPERS = ("_orig_mod.", "module.")
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 
+# The release's names and ours: modules, modules of a block, entries of ``model_args``.
 NAMES = {
     "transformer.wte": "word",
     "transformer.wee": "level",
@@ -50,7 +51,7 @@ SETTINGS = {
 
 
 def import_release(ckpt_path: str | Path, out_folder: str | Path, *, force: bool = False) -> Path:
-    """Turn a published checkpoint into a model folder.
+    """Write a published checkpoint as a model folder.
 
     The weights are mapped from the file and written straight on, so memory stays near the checkpoint's own size.
 
@@ -66,7 +67,7 @@ def import_release(ckpt_path: str | Path, out_folder: str | Path, *, force: bool
     Returns
     -------
     Path
-        The folder.
+        The model folder.
 
     Raises
     ------
@@ -76,8 +77,8 @@ def import_release(ckpt_path: str | Path, out_folder: str | Path, *, force: bool
         If the folder exists (without ``force``) or cannot be written.
     """
     path = Path(ckpt_path)
-    settings, stored = _parts(path, read_checkpoint(path))
-    config = _config(path, settings)
+    model_args, stored = _model_args_and_weights(path, read_checkpoint(path))
+    config = _config(path, model_args)
     vocabulary = Vocabulary.published()
     if config.vocabulary != len(vocabulary):
         raise ModelError(
@@ -88,7 +89,7 @@ def import_release(ckpt_path: str | Path, out_folder: str | Path, *, force: bool
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Contents of a ``torch.save`` file, tensors mapped rather than read; no code of the file runs."""
+    """Read a ``torch.save`` file, tensors mapped into memory; no code of the file runs."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file, expected a published scMulan checkpoint (.pt)")
     try:
@@ -109,7 +110,7 @@ def read_checkpoint(path: Path) -> Any:
     )
 
 
-def _parts(path: Path, content: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _model_args_and_weights(path: Path, content: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     parts = []
     for key in ("model_args", "model"):
         if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
@@ -125,19 +126,19 @@ def _parts(path: Path, content: Any) -> tuple[Mapping[str, Any], Mapping[str, An
     return parts[0], parts[1]
 
 
-def _config(path: Path, settings: Mapping[str, Any]) -> MulanConfig:
-    """Our settings from the release's ``model_args``."""
+def _config(path: Path, model_args: Mapping[str, Any]) -> MulanConfig:
+    """Translate the release's ``model_args``."""
     values: dict[str, Any] = {}
     for theirs, ours in SETTINGS.items():
-        if theirs not in settings:
+        if theirs not in model_args:
             raise ModelError(f"{path}: model_args lacks {theirs!r}, expected {', '.join(SETTINGS)}")
-        value = settings[theirs]
-        kind, called = (bool, "true or false") if theirs == "bias" else (int, "a whole number")
+        value = model_args[theirs]
+        kind, description = (bool, "true or false") if theirs == "bias" else (int, "a whole number")
         if type(value) is not kind:
-            raise ModelError(f"{path}: model_args has {theirs} = {value!r}, expected {called}")
+            raise ModelError(f"{path}: model_args has {theirs} = {value!r}, expected {description}")
         values[ours] = value
-    if settings.get("ele", 1) != 1:
-        raise ModelError(f"{path}: model_args has ele = {settings['ele']!r}, expected 1 (words with values)")
+    if model_args.get("ele", 1) != 1:
+        raise ModelError(f"{path}: model_args has ele = {model_args['ele']!r}, expected 1 (words with values)")
     try:
         return MulanConfig(**values)
     except ModelError as error:
@@ -145,9 +146,8 @@ def _config(path: Path, settings: Mapping[str, Any]) -> MulanConfig:
 
 
 def _weights(path: Path, config: MulanConfig, stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights under our names, compared with the network that ``model_args`` describes."""
+    """Return the weights under our names, compared with the network that ``model_args`` describes."""
     weights: dict[str, Tensor] = {}
-    shown: dict[str, str] = {}
     for key, tensor in stored.items():
         if not isinstance(tensor, Tensor):
             continue
@@ -155,7 +155,6 @@ def _weights(path: Path, config: MulanConfig, stored: Mapping[str, Any]) -> dict
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise ModelError(f"{path}: {key} is {tensor.dtype}, expected dense floating-point weights")
         weights[name] = tensor.float() if tensor.dtype == torch.float64 else tensor
-        shown[name] = str(key)
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(blocks) != config.layers:  # before a network of that depth is made
         raise ModelError(f"{path}: model_args has n_layer = {config.layers}, but there are weights of {len(blocks)}")
@@ -166,9 +165,10 @@ def _weights(path: Path, config: MulanConfig, stored: Mapping[str, Any]) -> dict
 
 
 def _our_name(path: Path, key: str) -> str:
+    """Translate the name of a weight."""
     bare = key
-    while bare.startswith(WRAPPERS):
-        bare = bare.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
+    while bare.startswith(WRAPPER_PREFIXES):
+        bare = bare.removeprefix(WRAPPER_PREFIXES[0]).removeprefix(WRAPPER_PREFIXES[1])
     stem, _, kind = bare.rpartition(".")
     block = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", stem)
     if block and block[2] in BLOCK_NAMES:
@@ -179,6 +179,7 @@ def _our_name(path: Path, key: str) -> str:
 
 
 def _card(path: Path, config: MulanConfig) -> dict[str, Any]:
+    """Return the training card of an imported release."""
     return {
         "name": "scMulan release",
         "summary": "Weights in the layout of the published scMulan release, with its 2,222 words (2,000 genes).",

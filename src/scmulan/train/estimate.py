@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from scmulan.data.readers import open_study
-from scmulan.model.cost import batch_flops, faster_precision, gemm_rates, parameters
+from scmulan.model.cost import batch_flops, count_parameters, faster_precision, gemm_rates
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import Batch, BatchConfig
 from scmulan.train.config import ObjectiveConfig, Recipe
@@ -72,7 +72,7 @@ def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
     return {
         "cells": cells,
         "genes": genes,
-        "parameters": parameters(config),
+        "parameters": count_parameters(config),
         "steps": plan.optimizer.steps,
         "cell_passes": round(plan.optimizer.steps * sum(w * s.sentences for (_, s), w in _zip(steps, weight))),
         "flops_per_step": flops,
@@ -137,7 +137,7 @@ def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, pr
 
     A running average of the weights counts as the optimiser's.
     """
-    number = parameters(config)
+    number = count_parameters(config)
     parts = world if plan.run.parallel == "fsdp" else 1
     block = 12 * config.width**2
     gathered = 4 * (block + number - config.layers * block) if parts > 1 else 0

@@ -12,7 +12,7 @@ import scmulan
 from scmulan.data.memory import StudyCells
 from scmulan.data.store import CellSource
 from scmulan.errors import InputError
-from scmulan.model.cost import parameters
+from scmulan.model.cost import count_parameters
 from scmulan.model.loading import save_model
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.checkpoint import RunFolder, read_facts, read_tensors
@@ -118,7 +118,7 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
         "step": facts["step"],
         "words": facts["words"],
         "flops": facts["flops"],
-        "parameters": parameters(config),
+        "parameters": count_parameters(config),
     }
 
 
@@ -160,7 +160,7 @@ def training_card(
         "cells_read": facts["cells"],
         "flops": facts["flops"],
         "precision": facts["precision"],
-        "parameters": parameters(network.config),
+        "parameters": count_parameters(network.config),
         "validation": checks[-1]["validation"] if checks else None,
         "not_trained_on": "validation cells are watched only; no test study was read",
         "final_losses": {k: v for k, v in last.items() if "entity" in k or "value" in k},

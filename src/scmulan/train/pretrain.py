@@ -14,7 +14,7 @@ from scmulan._progress import SILENT, Progress
 from scmulan.data.memory import StudyCells, build_store, build_vocabulary, read_studies
 from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
-from scmulan.model.cost import faster_precision, gemm_rates, parameters
+from scmulan.model.cost import count_parameters, faster_precision, gemm_rates
 from scmulan.model.network import Mulan
 from scmulan.train.batches import Batches
 from scmulan.train.checkpoint import RunFolder
@@ -183,7 +183,7 @@ def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks, progress: Progress
         trainer.resume()
         report: dict[str, Any] = {
             "model": None,
-            "parameters": parameters(config),
+            "parameters": count_parameters(config),
             "cells": len(data.train),
             "genes": len(vocabulary.genes),
             "steps": plan.optimizer.steps,
