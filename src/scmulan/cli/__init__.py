@@ -1,5 +1,5 @@
-"""The command line: one module per verb, its options as the types of its signature.
+"""Command line: one module per command, whose options are the annotated parameters of its function.
 
-Only what talks to a person may enter here: options, progress, sentences about results. Work is done by the other
-rooms, which a verb imports when it runs, so that help and version load neither torch nor a table.
+Only options, progress and texts about results belong here. The work is done by other packages, which a command imports
+when it runs, so that help and version load neither torch nor pandas.
 """

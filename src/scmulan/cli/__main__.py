@@ -1,4 +1,4 @@
-"""Entry point: run a verb, and turn whatever ends it into one line and an exit code."""
+"""Entry point: run a command and return its exit code; errors become one line."""
 
 import os
 import signal
@@ -20,18 +20,22 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 when all went well; 1 when a check failed; 2 when something cannot be used as given; 130 after Ctrl-C.
-        A defect of scmulan itself keeps its traceback.
+        0 on success; 1 when a check failed; 2 when an input, output or option cannot be used; 130 after Ctrl-C.
+
+    Raises
+    ------
+    Exception
+        For a defect of scmulan itself, which keeps its traceback.
     """
     try:
-        with _ended_by_signals():
-            # Imports can be interrupted like anything else, so they are in here.
+        with _exit_on_signals():
+            # Imports can be interrupted too, so they are inside.
             from scmulan.cli.app import run
 
             code = run(sys.argv[1:] if args is None else list(args))
             sys.stdout.flush()
             if code and args is None:
-                # HDF5 that found no room on the disk crashes when Python frees its objects at the end.
+                # After a full disk HDF5 crashes when Python frees its objects at exit.
                 sys.stderr.flush()
                 os._exit(code)
             return code
@@ -39,28 +43,28 @@ def main(args: Sequence[str] | None = None) -> int:
         print("scmulan: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Whoever reads us (head, a pager) has seen enough; Python would complain while it shuts down.
+        # The reader (head, a pager) has closed the pipe; Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Clean up as after Ctrl-C when a scheduler or a closed terminal ends the process."""
+def _exit_on_signals() -> Iterator[None]:
+    """Clean up, as after Ctrl-C, when a scheduler or a closed terminal ends the process."""
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def exit_(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
-        wanted = []  # Python lets no other thread decide about signals
-    ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, end)
+        numbers = []  # Python allows signal handlers in the main thread only
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, exit_)
     try:
         yield
     finally:
-        for number in ours:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""The verbs together, and what an error or a warning looks like."""
+"""All commands together, and how errors and warnings are shown."""
 
 import warnings
 from pathlib import Path
@@ -25,13 +25,13 @@ from scmulan.cli import (
 from scmulan.errors import ScmulanError
 
 PACKAGE = str(Path(scmulan.__file__).parent)
-# Typer brings Click along under another name in each of its versions; this is its UsageError in all of them.
+# Versions of Typer bring Click along under different names; this is its UsageError in all of them.
 UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="scmulan",
-    help="A generative language model of single cells: name them, place them, write them.",
-    epilog="A verb's own options: scmulan VERB --help",
+    help="A generative language model of single cells: annotate, embed and generate cells.",
+    epilog="Options of a command: scmulan COMMAND --help",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,8 +46,8 @@ app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"scmulan {scmulan.__version__}")
         raise typer.Exit
 
@@ -55,19 +55,19 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def scmulan_(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Take what concerns all verbs."""
+    """Hold the options of ``scmulan`` itself."""
 
 
 def run(args: list[str]) -> int:
-    """Run a verb; return its exit code.
+    """Run a command and return its exit code.
 
     Parameters
     ----------
     args
-        Arguments without the program's name; without any, help is shown.
+        Arguments without the program's name; the help is shown without any.
     """
     command: Any = typer.main.get_command(app)
     args = args or ["--help"]
@@ -75,7 +75,7 @@ def run(args: list[str]) -> int:
         warnings.simplefilter("default")
         warnings.showwarning = _show_warning
         try:
-            # Not command.main(): it would answer Ctrl-C and errors in its own way.
+            # Not command.main(): it would handle Ctrl-C and errors in its own way.
             with command.make_context("scmulan", list(args), obj=args) as context:
                 command.invoke(context)
         except typer.Exit as end:
@@ -93,7 +93,7 @@ def run(args: list[str]) -> int:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """Show our own warnings as one line; those of other packages are for their developers, not for users."""
-    ours = category.__module__.startswith("scmulan") or (category is UserWarning and filename.startswith(PACKAGE))
-    if ours:
+    """Show scmulan's own warnings as one line, and none of other packages: those are for developers."""
+    own = category.__module__.startswith("scmulan") or (category is UserWarning and filename.startswith(PACKAGE))
+    if own:
         console.tell("warning", str(message))

@@ -1,4 +1,4 @@
-"""``scmulan bench …``: how fast it is on this machine, beside yardsticks of the same run; the last line is JSON."""
+"""``scmulan bench …``: benchmarks, each beside reference implementations timed in the same run."""
 
 import importlib
 import json
@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Time a part beside its yardsticks; the last line of the output is one JSON object.", rich_markup_mode=None
+    help="Benchmark a part beside reference implementations; the last line of the output is one JSON object.",
+    rich_markup_mode=None,
 )
 
-Quick = Annotated[bool, typer.Option("--quick", help="Smaller shapes, under a minute; marked as such in the result.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Smaller shapes, in under a minute; the result says so.")]
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="CELLS.h5ad", help="Real cells for mini; by default it writes some.", show_default=False),
+    typer.Option(metavar="CELLS.h5ad", help="Real cells for mini; by default they are generated.", show_default=False),
 ]
 
 
@@ -26,52 +27,54 @@ def report(name: str, *, module: str | None = None, **options: Any) -> None:
 
 @app.command()
 def tokenize(quick: Quick = False) -> None:
-    """Expression to words, beside vectorised scipy and the release's way."""
+    """Turn expression into words, beside vectorised scipy and the release's implementation."""
     report("tokenize", quick=quick)
 
 
 @app.command()
 def corpus(
     quick: Quick = False,
-    cells: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cells; by default a million.")] = None,
+    cells: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of cells; by default a million.")
+    ] = None,
 ) -> None:
-    """Build a corpus from h5ad files: cells per second, memory, bytes."""
+    """Build a corpus from h5ad files: cells per second, memory and size."""
     report("corpus", quick=quick, cells=cells)
 
 
 @app.command()
 def loader(
     quick: Quick = False,
-    cells: Annotated[int | None, typer.Option(min=1024, metavar="N", help="Cells; by default a million.")] = None,
-    folder: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the corpus is written for the time of the run.")
+    cells: Annotated[
+        int | None, typer.Option(min=1024, metavar="N", help="Number of cells; by default a million.")
     ] = None,
+    folder: Annotated[str | None, typer.Option(metavar="DIR", help="Folder for the temporary corpus.")] = None,
 ) -> None:
-    """Words of shuffled batches from a corpus on disk, cold and warm, beside AnnData's own loader."""
+    """Read training batches from a corpus on disk, cold and warm, beside AnnData's own loader."""
     report("loader", quick=quick, cells=cells, folder=folder)
 
 
 @app.command()
 def train(quick: Quick = False) -> None:
-    """Training steps of the published shape and of the small model: share of the machine's matrix products, memory."""
+    """Train the published shape and the small model: fraction of peak matrix products, and memory."""
     report("train", quick=quick)
 
 
 @app.command()
 def resume(quick: Quick = False) -> None:
-    """Kill a run at random moments, change its number of processes, and compare with one that nothing disturbed."""
+    """Kill a training run at random times, change its number of processes, and compare with an undisturbed run."""
     report("resume", quick=quick)
 
 
 @app.command()
 def annotate(quick: Quick = False, data: Data = None) -> None:
-    """Cells named, beside the release's way; the published shape with random weights, and mini from file to file."""
+    """Annotate, beside the release's implementation: the published shape with random weights, and mini on files."""
     report("annotate", quick=quick, data=data)
 
 
 @app.command()
 def embed(quick: Quick = False, data: Data = None) -> None:
-    """Cells placed, beside the release's way; as annotate."""
+    """Embed, beside the release's implementation; as for annotate."""
     report("embed", module="annotate", verb="embed", quick=quick, data=data)
 
 
@@ -82,17 +85,17 @@ def growth(
         Path | None, typer.Option(metavar="P.png", help="Draw the curves (needs matplotlib).", show_default=False)
     ] = None,
 ) -> None:
-    """How annotation's time and memory grow with cells, words and batch."""
+    """Measure how time and memory of annotation grow with cells, words and batch size."""
     report("growth", quick=quick, plot=plot)
 
 
 @app.command()
 def generate(quick: Quick = False) -> None:
-    """Words written per second, beside the release's way with its key-value cache; block decoding."""
+    """Generate: words per second, beside the release's implementation with a key-value cache; block decoding."""
     report("generate", quick=quick)
 
 
 @app.command()
 def attention(quick: Quick = False) -> None:
-    """Attention of new words and of whole sentences, beside torch's kernel."""
+    """Compute attention of new words and of whole sentences, beside torch's kernel."""
     report("attention", quick=quick)

@@ -1,4 +1,4 @@
-"""``scmulan doctor``."""
+"""``scmulan doctor``: versions, machine and models, for bug reports."""
 
 import platform
 import sys
@@ -15,12 +15,12 @@ from scmulan.errors import ModelError
 
 
 def doctor(as_json: options.Json = False) -> None:
-    """Say what a bug report needs: versions, the machine, the models.
+    """Show what a bug report needs: versions, the machine, the models.
 
-    Exit code 1 if something is not as it should be.
+    The exit code is 1 if there is a problem.
     """
     facts = diagnose()
-    console.result(facts, _sentences(facts), as_json)
+    console.result(facts, _describe(facts), as_json)
     if facts["problems"]:
         raise typer.Exit(1)
 
@@ -32,7 +32,7 @@ def diagnose() -> dict[str, Any]:
     -------
     dict
         ``scmulan``, ``python``, ``platform``, ``packages``, ``extras``, ``cpu``, ``memory``, ``accelerators``,
-        ``models``, and ``problems``: one line for each thing that is not as it should be.
+        ``models``, and ``problems``: one line each.
     """
     from scmulan import _machine
     from scmulan.model.folder import packaged_models
@@ -76,9 +76,9 @@ def model_states(models: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _sentences(facts: dict[str, Any]) -> str:
+def _describe(facts: dict[str, Any]) -> str:
     cpu, memory, torch = facts["cpu"], facts["memory"], facts["accelerators"]
-    seen = [f"{name} {torch[name]}" for name in ("threads", "cpu_capability", "cuda") if torch.get(name)]
+    details = [f"{name} {torch[name]}" for name in ("threads", "cpu_capability", "cuda") if torch.get(name)]
     gpus = [f"{gpu['name']}, {gpu['memory_gib']} GiB" for gpu in torch.get("gpus", [])]
     rows = {
         "scmulan": f"{facts['scmulan']} in {facts['installed_at']}",
@@ -90,9 +90,9 @@ def _sentences(facts: dict[str, Any]) -> str:
             f"{value} GiB {name.removesuffix('_gib').replace('_', ' ')}" for name, value in memory.items() if value
         ),
         "gpu": "\n".join(gpus) or ("MPS" if torch.get("mps") else "none"),
-        "torch": f"{facts['packages']['torch'] or 'missing'} ({', '.join(seen)})",
+        "torch": f"{facts['packages']['torch'] or 'missing'} ({', '.join(details)})",
         **{name: version or "missing" for name, version in facts["packages"].items() if name != "torch"},
-        **{f"[{extra}]": _presence(packages) for extra, packages in facts["extras"].items()},
+        **{f"[{extra}]": _list_missing(packages) for extra, packages in facts["extras"].items()},
         **{
             f"model {name}": state["problem"] or f"files are right, weights {state['weights_hash'][:12]}…"
             for name, state in facts["models"].items()
@@ -102,6 +102,6 @@ def _sentences(facts: dict[str, Any]) -> str:
     return format_fields(rows)
 
 
-def _presence(packages: dict[str, str | None]) -> str:
+def _list_missing(packages: dict[str, str | None]) -> str:
     missing = [name for name, version in packages.items() if version is None]
     return f"missing: {', '.join(missing)}" if missing else "all there"

@@ -1,4 +1,4 @@
-"""``scmulan evaluate …``: score a model on labelled cells, beside a baseline worth beating."""
+"""``scmulan evaluate …``: score a model on labelled cells, beside a baseline."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,40 +11,41 @@ from scmulan.cli import console, options
 
 app = typer.Typer(help="Score a model on labelled cells, beside a baseline.", rich_markup_mode=None)
 
+# Options that take several values.
 SEVERAL = ("--data", "--train")
 
 
 class SeveralFiles(TyperCommand):
-    """Command whose ``--data a b c`` means ``--data a --data b --data c``, as people expect and Typer does not."""
+    """Command whose ``--data a b c`` means ``--data a --data b --data c``, which Typer does not support."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments."""
-        return super().parse_args(ctx, list(_repeated(args)))
+        return super().parse_args(ctx, list(_repeat_options(args)))
 
 
-def _repeated(args: Sequence[str]) -> Iterator[str]:
-    option, values = "", 0
+def _repeat_options(args: Sequence[str]) -> Iterator[str]:
+    option, n_values = "", 0
     for arg in args:
         if arg.startswith("-"):
-            option, values = arg if arg in SEVERAL else "", 0
+            option, n_values = arg if arg in SEVERAL else "", 0
         elif option:
-            values += 1
-            if values > 1:
+            n_values += 1
+            if n_values > 1:
                 yield option
         yield arg
 
 
-Data = Annotated[list[Path], typer.Option(metavar="FILE…", help="Labelled h5ad files to score on.", show_default=False)]
-Labels = Annotated[str, typer.Option(metavar="COLUMN", help="obs column of true cell types.", show_default=False)]
+Data = Annotated[list[Path], typer.Option(metavar="FILE…", help="Labelled h5ad files to score.", show_default=False)]
+Labels = Annotated[str, typer.Option(metavar="COLUMN", help="obs column of the true cell types.", show_default=False)]
 Mapping = Annotated[
     str | None,
     typer.Option(
         metavar="TABLE",
         show_default=False,
-        help="What the labels mean: a TSV with label and cl_id (or lineage), or the name of a packaged table.",
+        help="Meaning of the labels: a TSV with label and cl_id (or lineage), or the name of a packaged table.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn by chance.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random draws.")]
 
 
 @app.command(cls=SeveralFiles)
@@ -56,21 +57,23 @@ def annotation(
     lineages: Annotated[bool, typer.Option("--lineages", help="Score lineages (T, B, NK …) too.")] = False,
     train: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE…", help="Train logistic regression on these, to compare.", show_default=False),
+        typer.Option(
+            metavar="FILE…", help="Labelled files to train logistic regression on, to compare.", show_default=False
+        ),
     ] = None,
     train_labels: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Their obs column.", show_default="as for --data")
+        str | None, typer.Option(metavar="COLUMN", help="obs column of their cell types.", show_default="as for --data")
     ] = None,
     train_mapping: Mapping = None,
-    rule: Annotated[Literal["default", "release"], typer.Option(help="As for scmulan annotate.")] = "default",
-    smooth: Annotated[bool, typer.Option("--smooth", help="Score the vote of each cell's neighbours too.")] = False,
+    rule: Annotated[Literal["default", "release"], typer.Option(help="Rule, as for scmulan annotate.")] = "default",
+    smooth: Annotated[bool, typer.Option("--smooth", help="Score the types smoothed over neighbours too.")] = False,
     min_genes: options.MinGenes = 20,
     seed: Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Score whether cells are named rightly: accuracy, macro-F1, per type, confusion.
+    """Score predicted cell types: accuracy, macro-F1, scores per type, confusion.
 
-    A type that is finer than its label is right; what is compared as spelled is given too.
+    A prediction finer than the label counts as correct; scores of exact matches are shown too.
     """
     from scmulan.evaluate.annotation import evaluate_annotation
 
@@ -91,15 +94,17 @@ def integration(
     ] = None,
     model: options.Model = "mini",
     mapping: Mapping = None,
-    max_cells: Annotated[int, typer.Option(min=1, metavar="N", help="Most cells, drawn at random.")] = 1200,
-    kbet: Annotated[bool, typer.Option("--kbet", help="Take kBET per label too, which is slow.")] = False,
+    max_cells: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of cells, drawn at random.")
+    ] = 1200,
+    kbet: Annotated[bool, typer.Option("--kbet", help="Compute kBET per label too, which is slow.")] = False,
     min_genes: options.MinGenes = 20,
     seed: Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Score whether the embedding keeps types together and mixes batches.
 
-    The metrics are those of scib-metrics; PCA is what to be better than.
+    The metrics are those of scib-metrics; PCA is the baseline.
     """
     from scmulan.evaluate.integration import evaluate_integration
 
@@ -124,18 +129,18 @@ def generation(
         ),
     ] = None,
     mapping: Mapping = None,
-    n: Annotated[int, typer.Option("-n", "--cells", min=1, metavar="N", help="Most cells per type.")] = 50,
+    n: Annotated[int, typer.Option("-n", "--cells", min=1, metavar="N", help="Maximum number of cells per type.")] = 50,
     rule: Annotated[Literal["default", "release"], typer.Option(help="As for scmulan generate.")] = "default",
     values: Annotated[Literal["sample", "mean"], typer.Option(help="As for scmulan generate.")] = "sample",
     temperature: Annotated[float, typer.Option(help="As for scmulan generate.")] = 1.0,
-    max_words: Annotated[int, typer.Option(min=1, metavar="N", help="Most genes of a cell.")] = 1_550,
+    max_words: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of genes of a cell.")] = 1_550,
     min_genes: options.MinGenes = 20,
     seed: Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Score whether written cells are like real ones.
+    """Score how similar generated cells are to real ones.
 
-    Beside them stand cells whose genes are drawn one by one.
+    The baseline is cells whose genes are drawn independently.
     """
     from scmulan.evaluate.generation import evaluate_generation
 

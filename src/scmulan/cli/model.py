@@ -1,4 +1,4 @@
-"""``scmulan model …``: look at models, check them, import published ones, export training runs."""
+"""``scmulan model …``: list, describe, import, export and verify models."""
 
 import textwrap
 from pathlib import Path
@@ -11,14 +11,14 @@ from scmulan.cli import console, options
 
 app = typer.Typer(help="List, describe, import, export and verify models.", rich_markup_mode=None)
 
-Which = Annotated[
+Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name of a packaged model, or a model folder.", show_default=False)
 ]
 
 
 @app.command("list")
 def list_models(as_json: options.Json = False) -> None:
-    """List the models that come with scmulan."""
+    """List the packaged models."""
     from scmulan.model.folder import describe_model, packaged_models
 
     models = {name: describe_model(folder) for name, folder in packaged_models().items()}
@@ -28,8 +28,8 @@ def list_models(as_json: options.Json = False) -> None:
 
 
 @app.command()
-def info(model: Which, as_json: options.Json = False) -> None:
-    """Say what a model knows and what it was made from."""
+def info(model: Model, as_json: options.Json = False) -> None:
+    """Describe a model: size, training data and vocabulary."""
     from scmulan.model.folder import describe_model
 
     about = describe_model(model)
@@ -43,17 +43,20 @@ def info(model: Which, as_json: options.Json = False) -> None:
         "made by": card.get("made_by"),
         "trained on": f"{card['cells']:,} cells of {len(card['data'])} files" if "data" in card else None,
         "weights": f"sha256 {about['weights_hash']}",
-        **{name.replace("_", " "): _words(words, card.get("cell_types", {})) for name, words in about["words"].items()},
+        **{
+            name.replace("_", " "): _list_words(words, card.get("cell_types", {}))
+            for name, words in about["words"].items()
+        },
     }
     console.result(about, f"{about['name']}\n{format_fields(rows)}", as_json)
 
 
 def _size(about: dict[str, Any]) -> str:
-    kinds = f"{len(about['words']['fine_type'])} cell types"
-    return f"{about['parameters']:,} parameters, {about['genes']:,} genes, {kinds}"
+    types = f"{len(about['words']['fine_type'])} cell types"
+    return f"{about['parameters']:,} parameters, {about['genes']:,} genes, {types}"
 
 
-def _words(words: list[str], cells: dict[str, int]) -> str:
+def _list_words(words: list[str], cells: dict[str, int]) -> str:
     shown = [f"{word} ({cells[word]:,} cells)" if cells.get(word) else word for word in words]
     return textwrap.fill("; ".join(shown), 90, break_long_words=False, break_on_hyphens=False)
 
@@ -61,15 +64,15 @@ def _words(words: list[str], cells: dict[str, int]) -> str:
 @app.command("import")
 def import_model(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT.pt", help="Checkpoint of the published layout.", show_default=False)
+        Path, typer.Argument(metavar="CKPT.pt", help="Checkpoint of the published release.", show_default=False)
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT/", help="Model folder to write.", show_default=False)],
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Turn a checkpoint of the published release into a model folder.
+    """Convert a checkpoint of the published release into a model folder.
 
-    No code in the checkpoint is run: a file that wants to run some is refused.
+    No code in the checkpoint is run: a file that contains code is refused.
     """
     from scmulan._io.outputs import check_output
     from scmulan.model.folder import describe_model
@@ -87,7 +90,7 @@ def export_model(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Turn the newest checkpoint of a training run, finished or not, into a model folder with its card."""
+    """Export the newest checkpoint of a training run, finished or not, as a model folder with its card."""
     from scmulan._io.outputs import check_output
     from scmulan.train.export import export_run
 
@@ -99,21 +102,21 @@ def export_model(
 
 @app.command()
 def verify(
-    model: Which,
+    model: Model,
     against: Annotated[
         Path | None,
         typer.Option(metavar="FIXTURE.npz", help="Stored outputs to compare with.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Device: cpu, cuda, cuda:1, mps …")] = "cpu",
     as_json: options.Json = False,
 ) -> None:
-    """Check a model's files, and compare what it says with stored outputs.
+    """Check a model's files, and compare its outputs with stored ones.
 
-    Exit code 0: all as it should be; 1: different, the first difference is named; 2: cannot be used.
+    Exit code 0: the same; 1: different, the first difference is shown; 2: cannot be used.
     """
-    from scmulan.infer.parity import verify as compare
+    from scmulan.infer import parity
 
-    found = compare(model, against, device=device)
+    found = parity.verify(model, against, device=device)
     console.result(found.to_json(), str(found), as_json)
     if not found.passed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options that several commands share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-AUTO: Any = "auto"  # what a batch size is before it is parsed
+AUTO: Any = "auto"  # default of options that are parsed to an int or None
 
 
-def _words(text: str) -> int | None:
+def _parse_batch_size(text: str) -> int | None:
     if text == AUTO:
         return None
     if not text.isdigit() or int(text) < 1:
@@ -18,27 +18,32 @@ def _words(text: str) -> int | None:
 
 
 def fields(texts: Sequence[str] | None, option: str, value: str = "WORD") -> dict[str, str] | None:
-    """Parse texts such as ``organ=Blood`` of an option that may be given for each field once.
+    """Parse values such as ``organ=Blood`` of an option that may be given once per field.
 
     Parameters
     ----------
     texts
-        What was given.
+        Values of the option.
     option
         Name of the option, for errors.
     value
-        What stands right of the equals sign, for errors.
+        Name of what is right of the equals sign, for errors.
 
     Returns
     -------
     dict or None
-        Field to what was said of it; None where nothing was given.
+        Field → text; None without values.
+
+    Raises
+    ------
+    typer.BadParameter
+        If a value has no equals sign, or two are about the same field.
     """
     from scmulan.vocab.vocabulary import family_of_field
 
     if not texts:
         return None
-    said: dict[str, str] = {}
+    parsed: dict[str, str] = {}
     families: dict[str, str] = {}
     for text in texts:
         field, sign, word = text.partition("=")
@@ -47,8 +52,8 @@ def fields(texts: Sequence[str] | None, option: str, value: str = "WORD") -> dic
         first = families.setdefault(family_of_field(field), text)
         if first is not text:
             raise typer.BadParameter(f"{text!r} and {first!r} are about the same field: give one", param_hint=option)
-        said[field] = word
-    return said
+        parsed[field] = word
+    return parsed
 
 
 Cells = Annotated[
@@ -56,30 +61,30 @@ Cells = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(
-        "-o", "--out", metavar="OUT.h5ad", help="Where to write; a name in .h5ad or .zarr.", show_default=False
-    ),
+    typer.Option("-o", "--out", metavar="OUT.h5ad", help="File to write, in .h5ad or .zarr.", show_default=False),
 ]
 Model = Annotated[str, typer.Option(metavar="MODEL", help="Name of a packaged model, or a model folder.")]
 Layer = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Matrix to read: X, raw, or a layer.", show_default="found by looking"),
+    typer.Option(metavar="NAME", help="Matrix to use: X, raw, or a layer.", show_default="chosen by its values"),
 ]
 MatrixKind = Annotated[
     Literal["counts", "log1p"] | None,
-    typer.Option("--state", help="What the matrix holds.", show_default="found by looking"),
+    typer.Option("--state", help="Kind of values in the matrix.", show_default="told from the values"),
 ]
-MinGenes = Annotated[int, typer.Option(min=0, metavar="N", help="Refuse cells with fewer genes of the model's.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps …")]
+MinGenes = Annotated[int, typer.Option(min=0, metavar="N", help="Refuse an input with fewer of the model's genes.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device: auto, cpu, cuda, cuda:1, mps …")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        parser=_words, metavar="WORDS", help="Genes of all cells together in one pass; fewer need less memory."
+        parser=_parse_batch_size,
+        metavar="WORDS",
+        help="Genes of all cells in one batch; fewer need less memory.",
     ),
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "int8"],
     typer.Option(help="Precision. auto picks the fastest that reproduces the fp32 labels on a sample."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

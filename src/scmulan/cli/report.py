@@ -1,4 +1,4 @@
-"""``scmulan report``."""
+"""``scmulan report``: one HTML page about annotated cells."""
 
 import shlex
 from pathlib import Path
@@ -12,28 +12,24 @@ from scmulan.cli import console, options
 def report(
     context: typer.Context,
     annotated: Annotated[
-        Path, typer.Argument(metavar="ANNOTATED.h5ad", help="What scmulan annotate wrote.", show_default=False)
+        Path, typer.Argument(metavar="ANNOTATED.h5ad", help="Output of scmulan annotate.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="report.html", help="Where to write the page.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="report.html", help="Page to write.", show_default=False)],
     generated: Annotated[
         Path | None,
-        typer.Option(metavar="GENERATED.h5ad", help="Cells of scmulan generate to compare with.", show_default=False),
+        typer.Option(metavar="GENERATED.h5ad", help="Output of scmulan generate, to compare.", show_default=False),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Model that was used.", show_default="found if it is a packaged one"),
+        typer.Option(metavar="MODEL", help="Model that was used.", show_default="found among the packaged ones"),
     ] = None,
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title of the page.", show_default=False)] = None,
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Make one page to read about annotated cells.
+    """Write an HTML page about annotated cells: input, cell types, confidence, markers, methods.
 
-    What came in, what was found, how sure that is, and how it was made.
-
-    The page is a single HTML file that needs no network. Needs: pip install 'scmulan[report]'.
+    The page is a single file that needs no network. Needs: pip install 'scmulan[report]'.
     """
     from scmulan.report.page import report_file
 
