@@ -15,7 +15,7 @@ import torch
 
 from scmulan.data.store import CellSource
 from scmulan.model.network import Mulan
-from scmulan.train.init import kinds
+from scmulan.train.init import cell_groups
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 RIDGE = 0.5
@@ -46,7 +46,7 @@ class CellGroups:
     @classmethod
     def of(cls, store: CellSource, vocabulary_size: int) -> "CellGroups | None":
         """Summarise a store's cells; None where no group has enough of them."""
-        groups = kinds(store)
+        groups = cell_groups(store)
         if not groups:
             return None
         has = np.zeros((len(groups), vocabulary_size), dtype=bool)

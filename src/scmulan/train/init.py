@@ -1,17 +1,7 @@
-"""Where the weights start: from counting, as far as counting goes.
+"""Initial weights: from counts of the training cells, for new tokens, and a head fitted to labels.
 
-How often each gene is seen in each kind of cell (a cell type of a study) is known before the first step. Log-odds of
-detection minus those of all cells, kinds × genes, have a singular value decomposition; its axes become the first
-vectors of genes in the entity head and in the set state, and the kinds' coordinates those of the metadata words and of
-the type words in the head. A cell type in the prompt then speaks for its genes, and a cell's genes for its type, at
-step 0; training starts from there instead of finding it out from noisy batches.
-
-New words for a network that exists: every table with one row per word gets more rows.
-
-Rows of cell types fitted to what a network already sees, before any other weight moves.
-
-Fine-tuning from a fitted head disturbs what was learned before less than from a new one, whose first gradients are
-noise, and gets there in a fraction of the steps.
+``init_from_counts`` starts a new network, ``resize_vocabulary`` gives an existing one rows for new tokens, and
+``fit_head`` fits the rows of cell types to what the network sees, before any other weight moves.
 """
 
 from dataclasses import replace
@@ -29,65 +19,70 @@ from scmulan.train.validate import last_hidden_states
 from scmulan.vocab.ontology import Ontology
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
-LEAST_CELLS = 5
-CLIP = 4.0
+# -- from counts -----------------------------------------------------------------------------------------------------
+
+MIN_GROUP_CELLS = 5
+"""Smallest number of cells of a type of a study from which detection is estimated."""
+MAX_LOG_ODDS = 4.0
+"""Largest difference of log-odds from the mean of all cells, either way."""
 RIDGE = 1.0
-CHUNK = 16_384
+"""Ridge penalty of the metadata tokens' vectors."""
+TYPE_NORM = 0.5
+"""Norm of a cell type's row in the entity head."""
+CELLS_PER_READ = 16_384
 
 
 def init_from_counts(model: Mulan, store: CellSource, vocabulary: Vocabulary, seed: int) -> None:
-    """Set the word bias, and the vectors of words in head and set state, from the training cells.
+    """Set the token bias, and the vectors of tokens in head and set state, from the training cells, in place.
 
     Parameters
     ----------
     model
         With ``word_bias`` and ``set_state``; a model without them is left as it is.
     store, vocabulary
-        The cells to count and their words.
+        The cells to count and their tokens.
     seed
         Of the rotation that spreads the axes over the width.
+
+    Notes
+    -----
+    How often each gene is detected in each group of cells (a cell type of a study) is known before the first step. The
+    log-odds of detection minus those of all cells, groups × genes, have a singular value decomposition. Its axes become
+    the vectors of genes, in the entity head and in the set state; the groups' coordinates become those of metadata
+    tokens. A cell type in the prompt then predicts its genes, and a cell's genes its type, at step 0, which training
+    would otherwise find out from noisy batches.
     """
     if model.entity_bias is None or model.set_state is None:
         return
-    genes = vocabulary.ids(Family.GENE)
-    groups = kinds(store)
+    groups = cell_groups(store)
     if not groups:
         return
-    seen, seen_in = count_detections(store, groups)
-    bias = _log_odds(seen, np.bincount(store.study, minlength=len(store.studies)) @ store.measured)
-    odds = np.stack([_log_odds(number, len(cells)) for number, cells in zip(seen_in, groups, strict=True)]) - bias
-    odds[~store.measured[[store.study[cells[0]] for cells in groups]]] = 0.0
-    weight = np.array([len(cells) for cells in groups], dtype=float) ** 0.25
-    odds = np.clip(odds, -CLIP, CLIP)
-    u, size, axes = np.linalg.svd(odds * weight[:, None], full_matrices=False)
-    rank, width = min(len(size), model.config.width), model.config.width
-    turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0][:rank]
-    place = (u[:, :rank] * size[:rank] / weight[:, None]) @ turn  # kinds × width
-    vectors = axes[:rank].T @ turn  # genes × width
-    typical = np.linalg.norm(place, axis=1).mean()
-    if typical < 1e-6:  # one kind of cell: nothing tells it from others
-        with torch.no_grad():
-            model.entity_bias[genes] = torch.from_numpy(bias).float()
-        return
-    # The average cell's genes should say nothing: what is left of a bag of genes is how the cell differs from it.
-    share = 1 / (1 + np.exp(-bias))
-    apart = vectors - (share @ vectors) / share.sum()
-    # Words are added up in a prompt, so together, not each alone, they should stand where their kind does.
-    has = np.stack([_share_of_words(store, cells, len(vocabulary)) for cells in groups])
-    words = np.flatnonzero(has.any(0))
-    told = has[:, words] * weight[:, None]
-    together = np.linalg.solve(told.T @ told + RIDGE * np.eye(len(words)), told.T @ (place * weight[:, None]))
-    types = np.concatenate([vocabulary.ids(Family.COARSE), vocabulary.ids(Family.FINE)])
+    genes = vocabulary.ids(Family.GENE)
+    bias, odds = _detection(store, groups)
     with torch.no_grad():
         model.entity_bias[genes] = torch.from_numpy(bias).float()
+    width = model.config.width
+    weight = np.array([len(cells) for cells in groups], dtype=float) ** 0.25
+    coordinates, axes = _factorise(odds, weight, width, seed)
+    norm = np.linalg.norm(coordinates, axis=1).mean()
+    if norm < 1e-6:  # one group: nothing tells it from others
+        return
+    # The average cell's genes should say nothing: what is left of a bag of genes is how the cell differs from it.
+    detected = 1 / (1 + np.exp(-bias))
+    centred = axes - (detected @ axes) / detected.sum()
+    fractions = np.stack([_token_fractions(store, cells, len(vocabulary)) for cells in groups])
+    tokens = np.flatnonzero(fractions.any(0))
+    together = _solve_tokens(fractions[:, tokens], coordinates, weight)
+    with torch.no_grad():
         # After the last norm a hidden state has length √width, so the head carries the coordinates' length.
-        model.entity_head.weight[genes] = torch.from_numpy(vectors * typical / width**0.5).float()
-        model.set_state.word.weight[genes] = torch.from_numpy(apart * (len(genes) / width) ** 0.5).float()
-        model.set_state.word.weight[words] = torch.from_numpy(together / typical * width**0.5).float()
-        for word in types:
-            if has[:, word].any():
-                mean = has[:, word] @ place / has[:, word].sum() - place.mean(0)
-                model.entity_head.weight[word] = torch.from_numpy(0.5 * mean / np.linalg.norm(mean)).float()
+        model.entity_head.weight[genes] = torch.from_numpy(axes * norm / width**0.5).float()
+        model.set_state.word.weight[genes] = torch.from_numpy(centred * (len(genes) / width) ** 0.5).float()
+        model.set_state.word.weight[tokens] = torch.from_numpy(together / norm * width**0.5).float()
+        for token in np.concatenate([vocabulary.ids(Family.COARSE), vocabulary.ids(Family.FINE)]):
+            of_type = fractions[:, token]
+            if of_type.any():
+                mean = of_type @ coordinates / of_type.sum() - coordinates.mean(0)
+                model.entity_head.weight[token] = torch.from_numpy(TYPE_NORM * mean / np.linalg.norm(mean)).float()
         eye = torch.eye(width)
         model.set_state.out.weight[:, :width] = eye
         model.set_state.out.weight[:, width : 2 * width] = eye
@@ -95,97 +90,129 @@ def init_from_counts(model: Mulan, store: CellSource, vocabulary: Vocabulary, se
         model.set_state.out.weight[:, 2 * width :] *= 3
 
 
+def cell_groups(store: CellSource) -> list[np.ndarray]:
+    """Group cells by study and fine type; the unlabelled cells of a study are one more group.
+
+    Returns
+    -------
+    list of numpy.ndarray
+        Indices of the cells of each group that is large enough.
+    """
+    label = store.tokens(Family.FINE)
+    groups = []
+    for study in range(len(store.studies)):
+        for token in np.unique(label[store.study == study]):
+            cells = np.flatnonzero((store.study == study) & (label == token))
+            if len(cells) >= MIN_GROUP_CELLS:
+                groups.append(cells)
+    return groups
+
+
+def _detection(store: CellSource, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds of detection ``[genes]`` in all cells, and those of each group minus them ``[groups, genes]``."""
+    detected, detected_in = count_detections(store, groups)
+    bias = _log_odds(detected, np.bincount(store.study, minlength=len(store.studies)) @ store.measured)
+    odds = np.stack([_log_odds(number, len(cells)) for number, cells in zip(detected_in, groups, strict=True)]) - bias
+    odds[~store.measured[[store.study[cells[0]] for cells in groups]]] = 0.0
+    return bias, np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)
+
+
 def count_detections(store: CellSource, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """In how many cells each gene is seen, and in how many of each group: ``[genes]``, ``[groups, genes]``."""
+    """Count the cells in which each gene is above zero: ``[genes]`` in all, ``[groups, genes]`` in each group."""
     group = np.full(len(store), len(groups))
     for number, cells in enumerate(groups):
         group[cells] = number
-    seen = np.zeros((len(groups) + 1, store.measured.shape[1]))
-    for start in range(0, len(store), CHUNK):
-        cells = np.arange(start, min(start + CHUNK, len(store)))
+    detected = np.zeros((len(groups) + 1, store.measured.shape[1]))
+    for start in range(0, len(store), CELLS_PER_READ):
+        cells = np.arange(start, min(start + CELLS_PER_READ, len(store)))
         rows = store.rows(cells)
-        member = sp.csr_matrix((np.ones(len(cells)), (group[cells], np.arange(len(cells)))), (len(seen), len(cells)))
+        shape = len(detected), len(cells)
+        member = sp.csr_matrix((np.ones(len(cells)), (group[cells], np.arange(len(cells)))), shape)
         rows.data = (rows.data > 0).astype(np.float64)
-        seen += (member @ rows).toarray()
-    return seen.sum(0), seen[:-1]
+        detected += (member @ rows).toarray()
+    return detected.sum(0), detected[:-1]
 
 
-def _share_of_words(store: CellSource, cells: np.ndarray, words: int) -> np.ndarray:
-    """Share of the cells that have each metadata word."""
+def _log_odds(detected: np.ndarray, cells: np.ndarray | int) -> np.ndarray:
+    fraction = (detected + 0.5) / (np.asarray(cells) + 1.0)
+    return np.log(fraction / (1 - fraction))
+
+
+def _factorise(odds: np.ndarray, weight: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Decompose log-odds into coordinates of groups ``[groups, width]`` and axes of genes ``[genes, width]``."""
+    u, size, axes = np.linalg.svd(odds * weight[:, None], full_matrices=False)
+    rank = min(len(size), width)
+    rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0][:rank]
+    return (u[:, :rank] * size[:rank] / weight[:, None]) @ rotation, axes[:rank].T @ rotation
+
+
+def _token_fractions(store: CellSource, cells: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Fraction of the cells that have each metadata token, ``[vocabulary]``."""
     metadata = store.metadata[cells]
-    return np.bincount(metadata[metadata >= 0], minlength=words) / len(cells)
+    return np.bincount(metadata[metadata >= 0], minlength=vocabulary) / len(cells)
 
 
-def kinds(store: CellSource) -> list[np.ndarray]:
-    """Cells of each fine type of each study; the rest of a study is one more kind."""
-    label = store.tokens(Family.FINE)
-    out = []
-    for study in range(len(store.studies)):
-        for word in np.unique(label[store.study == study]):
-            cells = np.flatnonzero((store.study == study) & (label == word))
-            if len(cells) >= LEAST_CELLS:
-                out.append(cells)
-    return out
+def _solve_tokens(fractions: np.ndarray, coordinates: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Find vectors of tokens whose sum, not each alone, is where their group is: ``[tokens, width]``."""
+    known = fractions * weight[:, None]
+    penalty = RIDGE * np.eye(known.shape[1])
+    return np.linalg.solve(known.T @ known + penalty, known.T @ (coordinates * weight[:, None]))
 
 
-def _log_odds(seen: np.ndarray, cells: np.ndarray | int) -> np.ndarray:
-    share = (seen + 0.5) / (np.asarray(cells) + 1.0)
-    return np.log(share / (1 - share))
-
+# -- new tokens ------------------------------------------------------------------------------------------------------
 
 NOISE = 0.1
+"""Noise that tells new tokens of the same origin apart, relative to the table's spread."""
 
 
 def resize_vocabulary(network: Mulan, old: Vocabulary, new: Vocabulary, seed: int) -> Mulan:
-    """Copy a network (float32, on the CPU) and give it rows for the words that were added to its vocabulary.
+    """Copy a network (float32, on the CPU) and give it rows for the tokens that were added to its vocabulary.
 
     Parameters
     ----------
     network
         Network of ``old``; it is not changed.
     old, new
-        Vocabulary before and after :meth:`Vocabulary.extend`; the ids of old words stay.
+        Vocabulary before and after :meth:`Vocabulary.extend`; the ids of old tokens stay.
     seed
-        Of the noise that tells new words of the same origin apart.
+        Of the noise.
 
     Returns
     -------
     Mulan
-        Old words keep their rows. A new word starts as the mean of its :func:`relatives`, plus noise of a tenth of
-        the table's spread.
+        Old tokens keep their rows. A new one starts as the mean of its :func:`relatives`, plus a little noise.
     """
-    models = [relatives(old, *_family_and_name(new, word)) for word in range(len(old), len(new))]
-    grown = Mulan(replace(network.config, vocabulary=len(new)))
+    origins = [relatives(old, *_family_and_name(new, token)) for token in range(len(old), len(new))]
+    resized = Mulan(replace(network.config, vocabulary=len(new)))
     generator = torch.Generator().manual_seed(seed)
     state = network.state_dict()
     with torch.no_grad():
-        for name, weight in grown.state_dict().items():
+        for name, weight in resized.state_dict().items():
             before = state[name].to(device="cpu", dtype=torch.float32)
             if before.shape == weight.shape:
                 weight.copy_(before)
                 continue
             weight[: len(old)] = before
-            for row, like in enumerate(models, start=len(old)):
-                rows = before[torch.from_numpy(like)]
+            for row, origin in enumerate(origins, start=len(old)):
                 noise = torch.randn(weight.shape[1:], generator=generator)
-                weight[row] = rows.mean(0) + NOISE * before.std(0) * noise
-    return grown
+                weight[row] = before[torch.from_numpy(origin)].mean(0) + NOISE * before.std(0) * noise
+    return resized
 
 
-def _family_and_name(vocabulary: Vocabulary, word: int) -> tuple[Family, str]:
-    return next(f for f in METADATA if word in vocabulary.families.get(f, ())), vocabulary.tokens[word]
+def _family_and_name(vocabulary: Vocabulary, token: int) -> tuple[Family, str]:
+    return next(f for f in METADATA if token in vocabulary.families.get(f, ())), vocabulary.tokens[token]
 
 
 def relatives(vocabulary: Vocabulary, family: Family, name: str) -> np.ndarray:
-    """Words that a new word of a family is most like.
+    """Find the tokens that a new token of a family is most like.
 
-    Of cell types those that mean the same type of the Cell Ontology, otherwise the closest that the type is a kind
-    of, otherwise those that are kinds of it; else the whole family; of a family without words all metadata words.
+    Of cell types those that mean the same type of the Cell Ontology, otherwise its closest ancestors, otherwise its
+    descendants; else the whole family; of a family without tokens all metadata tokens.
 
     Returns
     -------
     numpy.ndarray
-        int64 word ids, at least one.
+        int64 ids, at least one.
     """
     ids = vocabulary.ids(family)
     if family in (Family.COARSE, Family.FINE):
@@ -199,40 +226,46 @@ def relatives(vocabulary: Vocabulary, family: Family, name: str) -> np.ndarray:
             {i: 0 for i, t in known.items() if wanted and ontology.is_a(t, wanted)},
         ):
             if group:
-                least = min(d for d in group.values() if d is not None)
-                return np.array([i for i, d in group.items() if d == least], dtype=np.int64)
+                closest = min(d for d in group.values() if d is not None)
+                return np.array([i for i, d in group.items() if d == closest], dtype=np.int64)
     if not len(ids):
         ids = np.unique(np.concatenate([vocabulary.ids(f) for f in METADATA]))
     return ids if len(ids) else np.arange(len(vocabulary), dtype=np.int64)
 
 
-MOST = 4000
-PULL = 1e-3
-ITERATIONS = 60
+# -- the head --------------------------------------------------------------------------------------------------------
+
+MAX_FIT_CELLS = 4000
+STAY = 1e-3
+"""Penalty of the squared distance from the rows before."""
+FIT_ITERATIONS = 60
 
 
 def fit_head(network: Mulan, store: CellStore, vocabulary: Vocabulary, objective: Objective, seed: int) -> None:
     """Fit the entity head's rows of all cell types to labelled cells, in place; all else stays.
-
-    Types that no cell has are fitted too: where words are judged one by one, as in the publication, they would
-    otherwise keep whatever weight they had.
 
     Parameters
     ----------
     network
         Its head is changed.
     store
-        Training cells; at most 4,000 labelled ones are read, rare labels with more than their share.
+        Training cells; at most ``MAX_FIT_CELLS`` labelled ones are read, rare ones with more weight.
     vocabulary
-        Words of the network.
+        Tokens of the network.
     objective
-        What the head's logits mean: next-word or "still to be said" probabilities.
+        What the head's logits mean: the next token, or each token that is still to come.
     seed
         Of the choice of cells.
+
+    Notes
+    -----
+    Fine-tuning from a fitted head disturbs what was learned before less than from a new one, whose first gradients are
+    noise, and gets there in a fraction of the steps. Types that no cell has are fitted too: where tokens are judged one
+    by one, as in the publication, they would otherwise keep whatever weight they had.
     """
     types = store.metadata[:, [METADATA.index(f) for f in (Family.COARSE, Family.FINE)]]
     cells = np.flatnonzero((types[:, 1] >= 0) & (store.lengths > 0))
-    cells = np.sort(np.random.default_rng([seed, 2]).permutation(cells)[:MOST])
+    cells = np.sort(np.random.default_rng([seed, 2]).permutation(cells)[:MAX_FIT_CELLS])
     ids = torch.from_numpy(np.union1d(vocabulary.ids(Family.COARSE), vocabulary.ids(Family.FINE)))
     own = torch.from_numpy(types[cells].astype(np.int64))
     target = (own[:, :, None] == ids).any(1).float()
@@ -241,19 +274,19 @@ def fit_head(network: Mulan, store: CellStore, vocabulary: Vocabulary, objective
     weight /= weight.sum()
 
     hidden = torch.empty(len(cells), network.config.width)
-    end = torch.empty(len(cells))  # the only other word that an answer can hold
+    end = torch.empty(len(cells))  # the only other token that an answer can hold
     network.eval()
     with torch.no_grad():
-        for rows, states in last_hidden_states(network, take(store, cells), vocabulary):
-            hidden[rows] = states
-            end[rows] = network.entity_logits(states)[:, vocabulary.end]
+        for rows, last in last_hidden_states(network, take(store, cells), vocabulary):
+            hidden[rows] = last
+            end[rows] = network.entity_logits(last)[:, vocabulary.end]
     network.train()
     start = network.entity_head.weight.detach()[ids]
     before = torch.zeros(len(ids)) if network.entity_bias is None else network.entity_bias.detach()[ids]
     fitted, bias = start.clone().requires_grad_(), before.clone().requires_grad_(network.entity_bias is not None)
     optimizer = torch.optim.LBFGS(
         [fitted, *([bias] if bias.requires_grad else [])],
-        max_iter=ITERATIONS,
+        max_iter=FIT_ITERATIONS,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
@@ -266,7 +299,7 @@ def fit_head(network: Mulan, store: CellStore, vocabulary: Vocabulary, objective
         else:
             each = torch.logaddexp(end, logits.logsumexp(1)) - (logits * target).sum(1) / target.sum(1)
         moved = (fitted - start).square().sum() + (bias - before).square().sum()
-        total = (each * weight).sum() + PULL * moved
+        total = (each * weight).sum() + STAY * moved
         total.backward()
         return total
 
