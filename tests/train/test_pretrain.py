@@ -24,7 +24,7 @@ from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import BatchConfig, Batches
 from scmulan.train.config import ObjectiveConfig
 from scmulan.train.estimate import activation_bytes, synthetic_batch, typical_step
-from scmulan.train.export import covered, curve, export_run
+from scmulan.train.export import curve, export_run
 from scmulan.train.pretrain import pretrain
 from scmulan.train.trainer import batch_loss, read_log
 from scmulan.train.validate import expected_genes, label_scores, validate, write_lengths
@@ -160,7 +160,7 @@ def test_the_share_of_a_cell_in_the_vocabulary_s_genes(store):
     amounts = np.where(store.logged[:, None], store.matrix.expm1().toarray(), values)
     reads = replace(store, matrix=sp.csr_matrix(values.astype(np.float32)), total=total)
     assert store.logged.any() and values.max() > 1000
-    assert covered(reads) == pytest.approx((amounts.sum(1) / total).mean(), rel=1e-5)
+    assert reads.covered() == pytest.approx((amounts.sum(1) / total).mean(), rel=1e-5)
 
 
 def test_a_long_curve_is_told_in_few_points():

@@ -97,13 +97,6 @@ class CellStore(CellSource):
         """Return values of some cells: CSR float32 ``[cells, vocabulary genes]``, in the order requested."""
         return self.matrix[cells]
 
-    def covered(self) -> float:
-        """Return the mean fraction of a cell's total that lies in the vocabulary's genes."""
-        amounts = self.matrix.copy()
-        logged = np.repeat(self.logged, self.lengths)
-        amounts.data[logged] = np.expm1(amounts.data[logged])
-        return float(np.mean(np.asarray(amounts.sum(1)).ravel() / np.maximum(self.total, 1e-9)))
-
 
 def read_studies(specs: Sequence[StudySpec]) -> list[StudyCells]:
     """Read every file of a spec.

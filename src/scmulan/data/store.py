@@ -61,6 +61,19 @@ class CellSource(Protocol):
         """Return the token id of a family per cell, int32, −1 where unknown."""
         return self.metadata[:, METADATA.index(family)]
 
+    def covered(self, max_cells: int | None = None) -> float:
+        """Return the mean fraction of a cell's total in the vocabulary's genes, over all or at most so many cells."""
+        step = 1 if max_cells is None else -(-len(self) // max_cells)
+        fractions = []
+        for start in range(0, len(self), step * 4096):
+            cells = np.arange(start, min(start + step * 4096, len(self)), step)
+            rows = self.rows(cells)
+            logged = np.repeat(self.logged[cells], np.diff(rows.indptr))
+            # Of log1p values only: that of a large count is infinite.
+            rows.data = np.expm1(rows.data, where=logged, out=rows.data.astype(np.float32))
+            fractions.append(np.asarray(rows.sum(1)).ravel() / np.maximum(self.total[cells], 1e-9))
+        return float(np.concatenate(fractions).mean())
+
 
 FORMAT = "scmulan-corpus/1"
 MANIFEST = "manifest.json"

@@ -23,6 +23,8 @@ from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 DATA, KINDS = "data.json", "kinds.npz"
 CURVE_POINTS = 200
+MAX_COVERED_CELLS = 20_000
+"""Cells over which the fraction of a cell's total in the vocabulary is averaged."""
 # Figures of the log that belong to the machine, not to the training.
 NOT_CURVE = {"words_per_second", "cells_per_second", "mfu", "words", "cells", "rate", "padding"}
 
@@ -37,26 +39,13 @@ def remember_cells(run: Path, manifest: Sequence[Mapping[str, Any]], store: Cell
         "cells_with_words": int((store.lengths > 0).sum()),
         "cell_types": {vocabulary.tokens[w]: int(counts[w]) for w in vocabulary.ids(Family.FINE)},
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
-        "covered": covered(store),
+        "covered": store.covered(MAX_COVERED_CELLS),
     }
     (run / DATA).write_text(json.dumps(content, indent=1), encoding="utf-8")
     groups = CellGroups.of(store, len(vocabulary))
     if groups is not None:
         groups.save(run / KINDS)
     vocabulary.save(run / "vocabulary.json")
-
-
-def covered(store: CellSource, most: int = 20_000) -> float:
-    """Mean share of a cell's total that lies in the vocabulary's genes, over at most ``most`` cells."""
-    step = -(-len(store) // most)
-    shares = []
-    for start in range(0, len(store), step * 4096):
-        cells = np.arange(start, min(start + step * 4096, len(store)), step)
-        rows = store.rows(cells)
-        logged = np.repeat(store.logged[cells], np.diff(rows.indptr))
-        rows.data = np.expm1(rows.data, where=logged, out=rows.data.astype(np.float32))  # of a large count: infinite
-        shares.append(np.asarray(rows.sum(1)).ravel() / np.maximum(store.total[cells], 1e-9))
-    return float(np.concatenate(shares).mean())
 
 
 def file_manifest(studies: Sequence[StudyCells]) -> list[dict[str, Any]]:
