@@ -27,7 +27,7 @@ from scmulan.train.estimate import activation_bytes, synthetic_batch, typical_st
 from scmulan.train.export import curve, export_run
 from scmulan.train.pretrain import pretrain
 from scmulan.train.trainer import batch_loss, read_log
-from scmulan.train.validate import expected_genes, label_scores, validate, write_lengths
+from scmulan.train.validate import expected_genes, generate_lengths, label_scores, validate
 from scmulan.vocab.tasks import TASKS
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
@@ -263,10 +263,10 @@ def test_written_cells_stop_when_the_end_is_likely(vocabulary, network):
     prompts = [[vocabulary.ids(Family.ORGAN)[0], vocabulary.prompts["generate"]], [vocabulary.prompts["generate"]]]
     measured = np.ones((2, len(vocabulary.genes)), dtype=bool)
     measured[1, 10:] = False
-    lengths = write_lengths(network.eval(), vocabulary, prompts, measured, 100, [1, 2])
+    lengths = generate_lengths(network.eval(), vocabulary, prompts, measured, 100, [1, 2])
     assert lengths[0] > 10 >= lengths[1] > 0
-    assert (lengths == write_lengths(network, vocabulary, prompts, measured, 100, [1, 2])).all()
-    alone = write_lengths(network, vocabulary, prompts[1:], measured[1:], 100, [2])
+    assert (lengths == generate_lengths(network, vocabulary, prompts, measured, 100, [1, 2])).all()
+    alone = generate_lengths(network, vocabulary, prompts[1:], measured[1:], 100, [2])
     assert alone[0] == lengths[1]
     with torch.no_grad():
         network.entity_head.weight[vocabulary.end] = 0
@@ -274,7 +274,7 @@ def test_written_cells_stop_when_the_end_is_likely(vocabulary, network):
         bias = torch.zeros(len(vocabulary))
         bias[vocabulary.end] = 20.0
         network.entity_bias = torch.nn.Parameter(bias)
-    assert (write_lengths(network, vocabulary, prompts, measured, 100, [1, 2]) == 0).all()
+    assert (generate_lengths(network, vocabulary, prompts, measured, 100, [1, 2]) == 0).all()
     assert expected_genes(network, vocabulary, prompts, measured) == pytest.approx([len(vocabulary.genes) / 2, 5])
 
 
@@ -291,7 +291,7 @@ def test_validation_is_the_same_on_any_number_of_processes(vocabulary, store, ne
     assert set(TASKS) <= {key.removesuffix(".entity") for key in alone if key.endswith(".entity")}
     for found in jobs.run_job(2, check, tmp_path):
         assert found == pytest.approx(alone, rel=1e-5)
-    some = validate(network, store, vocabulary, same, most=10)
+    some = validate(network, store, vocabulary, same, max_cells=10)
     assert some.keys() < alone.keys()
 
 

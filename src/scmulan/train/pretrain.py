@@ -210,7 +210,7 @@ def _watching(
         return None
     return lambda model: validate(
         whole_network(model), watch, data.vocabulary, relations, batches=plan.batches, objective=plan.objective,
-        most=plan.run.validate_cells, seed=plan.seed, ranks=ranks,
+        max_cells=plan.run.validate_cells, seed=plan.seed, ranks=ranks,
     )  # fmt: skip
 
 
