@@ -165,39 +165,40 @@ def test_a_build_goes_on_only_as_it_was_begun(respec, tmp_path):
         build(other, tmp_path / "out")
 
 
-# -- words and duplicates -------------------------------------------------------------------------------------------
+# -- names and duplicates -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def given(made, tmp_path):
-    words = {Family.FINE: ["T cell"], Family.ORGAN: ["Blood", "Lung"]}
-    Vocabulary.build(made.genes[:60], words).save(tmp_path / "words.json")
+def small(made, tmp_path):
+    """Folder with ``words.json``, a vocabulary that lacks genes and cell types of the studies."""
+    names = {Family.FINE: ["T cell"], Family.ORGAN: ["Blood", "Lung"]}
+    Vocabulary.build(made.genes[:60], names).save(tmp_path / "words.json")
     return tmp_path
 
 
-def test_words_that_a_vocabulary_lacks_are_dropped_and_counted(respec, given):
-    build(respec(given / "spec.toml", "vocabulary = 'words.json'"), given / "out")
-    corpus = Corpus(given / "out")
-    assert corpus.vocabulary == Vocabulary.load(given / "words.json")
+def test_names_that_a_vocabulary_lacks_are_dropped_and_counted(respec, small):
+    build(respec(small / "spec.toml", "vocabulary = 'words.json'"), small / "out")
+    corpus = Corpus(small / "out")
+    assert corpus.vocabulary == Vocabulary.load(small / "words.json")
     assert (corpus.tokens(Family.FINE)[:3] >= 0).tolist() == [True, False, False]
     assert [s["unknown_words"] for s in corpus.manifest["studies"]] == [
         {"fine_type": {"B cell": n}} for n in (33, 17, 20)
     ]
 
 
-def test_words_that_a_vocabulary_lacks_are_added_at_its_end(respec, given):
-    build(respec(given / "spec.toml", "vocabulary = 'words.json'\nunknown = 'add'"), given / "out")
-    corpus = Corpus(given / "out")
-    old = Vocabulary.load(given / "words.json")
+def test_names_that_a_vocabulary_lacks_are_added_at_its_end(respec, small):
+    build(respec(small / "spec.toml", "vocabulary = 'words.json'\nunknown = 'add'"), small / "out")
+    corpus = Corpus(small / "out")
+    old = Vocabulary.load(small / "words.json")
     assert corpus.vocabulary.tokens == (*old.tokens, "B cell")
     assert corpus.tokens(Family.FINE)[1] == len(old) and corpus.manifest["studies"][0]["unknown_words"] == {}
 
 
-def test_words_that_a_vocabulary_lacks_are_refused(respec, given):
-    spec = respec(given / "spec.toml", "vocabulary = 'words.json'\nunknown = 'refuse'")
+def test_names_that_a_vocabulary_lacks_are_refused(respec, small):
+    spec = respec(small / "spec.toml", "vocabulary = 'words.json'\nunknown = 'refuse'")
     with pytest.raises(VocabularyError, match=r"counts\.h5ad: fine_type 'B cell' is not in the vocabulary"):
-        build(spec, given / "out")
-    assert not (given / "out").exists()
+        build(spec, small / "out")
+    assert not (small / "out").exists()
 
 
 @pytest.mark.parametrize("choice", ["keep", "drop"])

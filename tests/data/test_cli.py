@@ -36,7 +36,7 @@ def test_inspect_as_json(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "position"),
     [
         ("shards/000004.safetensors", 4200),
         ("shards/000000.safetensors", -1),
@@ -48,11 +48,11 @@ def test_inspect_as_json(folder, capsys):
         ("manifest.sha256", 5),
     ],
 )
-def test_a_flipped_byte_is_found_and_named(folder, capsys, name, place):
+def test_a_flipped_byte_is_found_and_named(folder, capsys, name, position):
     assert run(["corpus", "verify", str(folder)]) == 0
     assert "all as they were written" in capsys.readouterr().out
     content = bytearray((folder / name).read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     (folder / name).write_bytes(content)
     assert run(["corpus", "verify", str(folder), "--json"]) == 1
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Files of cells in memory: genes harmonised, duplicates summed, words of a vocabulary."""
+"""Files of cells in memory: genes harmonised, duplicates summed, tokens of a vocabulary."""
 
 import hashlib
 
@@ -52,7 +52,7 @@ def test_log1p_values_are_summed_on_their_counts(tmp_path, table):
     np.testing.assert_allclose(study.total, 1e4, rtol=1e-4)
 
 
-def test_a_store_holds_what_its_vocabulary_can_say(tmp_path, table):
+def test_a_store_holds_what_its_vocabulary_has(tmp_path, table):
     one = spec(tmp_path / "one.h5ad", COUNTS, {"label": ["T cell", "", "dragon cell"]}, fixed={Family.ORGAN: "Blood"})
     logged = np.log1p(COUNTS[:2, [0, 3, 6]] * 100)
     two = spec(tmp_path / "two.h5ad", logged, {"label": ["B cell", "T cell"]}, names=["CD4", "CD8A", "GNLY"])
@@ -73,12 +73,12 @@ def test_a_store_holds_what_its_vocabulary_can_say(tmp_path, table):
     assert fine == ["T cell", None, None, "B cell", "T cell"]  # the vocabulary knows no dragons
     assert (store.tokens(Family.ORGAN) >= 0).tolist() == [True] * 3 + [False] * 2
     assert store.metadata.shape == (5, len(METADATA))
-    share = [counts[i].sum() / COUNTS[i].sum() for i in range(3)]
-    share += [np.expm1(logged[i, [0, 2]]).sum() / np.expm1(logged[i]).sum() for i in range(2)]
-    assert store.covered() == pytest.approx(np.mean(share), rel=1e-5)
+    fractions = [counts[i].sum() / COUNTS[i].sum() for i in range(3)]
+    fractions += [np.expm1(logged[i, [0, 2]]).sum() / np.expm1(logged[i]).sum() for i in range(2)]
+    assert store.covered() == pytest.approx(np.mean(fractions), rel=1e-5)
 
 
-def test_a_vocabulary_has_the_words_that_occur(tmp_path, table):
+def test_a_vocabulary_has_the_names_that_occur(tmp_path, table):
     rng = np.random.default_rng(0)
     genes = Vocabulary.published().genes[:60]
     x = rng.poisson(rng.gamma(1.0, 2.0, 60), (30, 60)).astype(np.float32)
@@ -100,8 +100,8 @@ def some_cells():
 def test_cells_are_read_into_old_names_of_genes_too():
     """A vocabulary keeps the symbols it was made with; both sides meet through the approved one."""
     vocabulary = Vocabulary.build(["GNLY", "CD4", "MARCH1"], {Family.FINE: ["T cell"]})
-    words = {Family.FINE: np.array(["T cell", "", "dragon cell"], dtype=object)}
-    store, matrix, match = store_from_adata(some_cells(), vocabulary, words, name="mine")
+    names = {Family.FINE: np.array(["T cell", "", "dragon cell"], dtype=object)}
+    store, matrix, match = store_from_adata(some_cells(), vocabulary, names, name="mine")
     assert store.matrix.toarray().tolist() == np.array([SUMMED[g] for g in ("GNLY", "CD4", "MARCHF1")]).T.tolist()
     assert store.total.tolist() == [42, 6, 19]
     assert store.tokens(Family.FINE).tolist() == [vocabulary.id(Family.FINE, "T cell"), -1, -1]
@@ -128,8 +128,8 @@ def test_genes_of_another_kind_are_refused():
 
 def test_some_cells_of_a_store_stay_what_they_are():
     vocabulary = Vocabulary.build(["GNLY", "CD4", "MARCH1"], {Family.FINE: ["T cell"]})
-    words = {Family.FINE: np.array(["T cell", "", "T cell"], dtype=object)}
-    store = store_from_adata(some_cells(), vocabulary, words, name="mine")[0]
+    names = {Family.FINE: np.array(["T cell", "", "T cell"], dtype=object)}
+    store = store_from_adata(some_cells(), vocabulary, names, name="mine")[0]
     part = take(store, np.array([2, 0]))
     assert len(part) == 2 and part.studies == ["mine"]
     assert part.matrix.toarray().tolist() == store.matrix.toarray()[[2, 0]].tolist()

@@ -193,7 +193,7 @@ def test_a_table_of_some_cells_leaves_the_others(tmp_path, made, cells):
 
 
 def test_a_table_may_count_its_cells(tmp_path, made, cells):
-    """Without their names: by their place in the file, from 0."""
+    """Without their names: by their index in the file, from 0."""
     x, obs = cells
     made.adata(x, obs=obs).write_h5ad(tmp_path / "a.h5ad")
     spec = StudySpec(file=tmp_path / "a.h5ad", name="a", columns={}, obs=tmp_path / "cells.csv")

@@ -43,8 +43,8 @@ def test_studies_may_differ_from_what_holds_for_all(folder):
             "assay": ["10X", "SS2", "CEL-seq"],
         }
     )
-    words = two.metadata(obs)
-    assert {f: w.tolist() for f, w in words.items()} == {
+    names = two.metadata(obs)
+    assert {f: n.tolist() for f, n in names.items()} == {
         Family.ORGAN: ["Brain"] * 3,
         Family.FINE: ["T cell", "", "B cell"],
         Family.TECHNOLOGY: ["", "Smart-seq2", "CEL-seq"],
@@ -94,10 +94,10 @@ def test_donors_and_groups(folder):
     assert read_spec({"study": [{"file": "a.h5ad"}]}, folder)[0].donors(obs).tolist() == [""] * 3
 
 
-def test_numbers_are_words_too(folder):
+def test_numbers_are_names_too(folder):
     one = read_spec({"columns": {"age": "age"}, "study": [{"file": "a.h5ad"}]}, folder)[0]
-    words = one.metadata(pd.DataFrame({"age": [30.0, None, 45.5]}))[Family.AGE]
-    assert words.tolist() == ["30.0", "", "45.5"]
+    names = one.metadata(pd.DataFrame({"age": [30.0, None, 45.5]}))[Family.AGE]
+    assert names.tolist() == ["30.0", "", "45.5"]
 
 
 def test_a_corpus_has_settings_and_a_recipe_is_one_too(folder):
