@@ -156,7 +156,8 @@ import json, os, resource, signal, sys
 import anndata as ad, h5py, numpy as np, pandas as pd
 from safetensors.numpy import save_file
 from scmulan.errors import OutputError
-from scmulan._io.adata import atomic_path, copy_with_results, write_h5ad, write_json, write_table
+from scmulan._io.outputs import atomic_path
+from scmulan._io.adata import copy_with_results, write_h5ad, write_json, write_table
 
 folder, source, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 os.chdir(source)

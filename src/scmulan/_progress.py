@@ -1,4 +1,4 @@
-"""How long work tells how far it is: one type for lines and bars, whoever shows them."""
+"""Progress of long work: one type for lines and bars, silent unless the command line shows it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ Advance: TypeAlias = Callable[[int], None]
 
 
 class Progress:
-    """Progress of long work. This one keeps silent; the command line has one that shows it."""
+    """Progress of long work. This base class shows nothing."""
 
     def log(self, line: str) -> None:
         """Show a line about the work that is going on."""

@@ -1,20 +1,20 @@
-"""Errors written for the person who meets them.
+"""Errors for people.
 
-Every message is one line: what was given, what was found, what was expected, and how to fix it.
-The command line prints that line and exits with 2.
+Every message is one line: the input, what was found, what was expected, and how to fix it. The command line prints the
+line and exits with 2.
 """
 
 
 class ScmulanError(ValueError):
-    """Anything that scmulan refuses because of what it was given."""
+    """Base of all errors that an input, file, option or output causes."""
 
 
 class InputError(ScmulanError):
-    """A data file or AnnData that cannot be used as given."""
+    """A data file or AnnData cannot be used."""
 
 
 class GeneError(InputError):
-    """The genes of the input do not meet the genes of the model."""
+    """Too few genes of the input match the genes of the model."""
 
 
 class MatrixError(InputError):
@@ -22,16 +22,16 @@ class MatrixError(InputError):
 
 
 class VocabularyError(ScmulanError):
-    """A word or a vocabulary file that is not what it should be."""
+    """A token or a vocabulary file is wrong."""
 
 
 class ModelError(ScmulanError):
-    """A model folder, checkpoint or configuration that cannot be used."""
+    """A model folder, checkpoint or configuration cannot be used."""
 
 
 class OutputError(ScmulanError):
-    """An output that cannot be written where it was asked for."""
+    """An output cannot be written to its path."""
 
 
 class RecipeError(ScmulanError):
-    """A training recipe that cannot be followed."""
+    """A training recipe, corpus spec or split is wrong."""

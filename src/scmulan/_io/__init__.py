@@ -1,1 +1,6 @@
-"""Files in and out: inputs opened with errors for people, outputs checked first and written whole or not at all."""
+"""Files in and out.
+
+`adata` opens inputs with errors that their owners understand, and writes results; `outputs` checks outputs before any
+work starts, writes them whole or not at all, hashes and locks. What a file means to a room (corpus, checkpoint, model
+folder) stays in that room; no torch.
+"""

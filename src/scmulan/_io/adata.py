@@ -1,7 +1,4 @@
-"""Files that users give and get: AnnData, tables and JSON.
-
-Inputs are opened with errors that their owners understand; outputs are written whole or not at all.
-"""
+"""AnnData, tables and JSON: inputs opened with errors that their owners understand, outputs written whole or not."""
 
 import difflib
 import json
@@ -27,7 +24,6 @@ from scmulan.errors import InputError, ScmulanError
 
 __all__ = [
     "BlockArray",
-    "atomic_path",
     "check_output",
     "copy_with_results",
     "open_input",
@@ -38,7 +34,7 @@ __all__ = [
     "write_table",
 ]
 
-# How to bring other formats of the field into AnnData, by the end of the file's name.
+# How to convert other formats of the field to AnnData, by the end of the file's name.
 _OTHER_FORMATS = {
     ".h5": "if it is 10x output, read it with scanpy.read_10x_h5",
     ".mtx": "read the folder with scanpy.read_10x_mtx, or this file with scanpy.read_mtx",
@@ -56,20 +52,20 @@ _AGAIN = "get or write it again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockArray:
-    """An array that is never in memory as a whole."""
+    """An array on disk or made block by block, never in memory as a whole."""
 
     shape: tuple[int, ...]
-    """Its shape, cells first."""
+    """Shape, cells first."""
     dtype: Any
-    """Its type."""
+    """Data type."""
     blocks: Callable[[], Iterator[np.ndarray]]
-    """Gives its consecutive rows, block by block."""
+    """Iterate over consecutive rows, block by block."""
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def load(self) -> np.ndarray:
-        """Read it into memory after all."""
+        """Read the array into memory."""
         out = np.empty(self.shape, dtype=self.dtype)
         start = 0
         for block in self.blocks():
@@ -135,7 +131,7 @@ def _open(path: Path, backed: bool) -> AnnData:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence notes of AnnData and zarr on what is dealt with here, or what users can do nothing about."""
+    """Silence warnings of AnnData and zarr that are handled here, or that users cannot act on."""
     with warnings.catch_warnings():
         for message in (
             "(Observation|Variable) names are not unique",
@@ -204,7 +200,7 @@ def _closed_on_error(file: h5py.File) -> Iterator[None]:
 
 
 def _lazy_parts(store: Any, group: Any) -> dict[str, Any]:
-    """Parts of an AnnData on disk: tables and uns in memory, matrices as they lie."""
+    """Return the parts of an AnnData on disk: tables and uns in memory, matrices backed."""
 
     def lazy(element: Any) -> Any:
         if not isinstance(element, group):
@@ -223,7 +219,7 @@ def _lazy_parts(store: Any, group: Any) -> dict[str, Any]:
 
 
 def _without_x(parts: dict[str, Any]) -> dict[str, Any]:
-    """Parts for an AnnData that finds X and raw.X in its file."""
+    """Return the parts for an AnnData that finds X and raw.X in its file."""
     parts = {name: part for name, part in parts.items() if name != "X"}
     if "raw" in parts:
         parts["raw"] = {"var": parts["raw"]["var"]}
@@ -261,7 +257,7 @@ def read_column(obs: pd.DataFrame, column: str, source: str) -> np.ndarray:
 
 
 def _similar(path: Path) -> str:
-    """Say which files beside a missing one have a similar name."""
+    """Name files beside a missing one that have a similar name."""
     folder = path.absolute().parent
     if not folder.is_dir():
         return f", and no folder {folder}"
@@ -352,12 +348,12 @@ def _copy_zarr(source: Path, path: Path, *results: Any) -> None:
     store = zarr.open_group(path, mode="r+", use_consolidated=False)
     _write_results(store, *results)
     if zarr.open_group(source, mode="r").metadata.consolidated_metadata is not None:
-        # What the folder says about its content as a whole has to know the results.
+        # The folder's index of its content must list the results.
         zarr.consolidate_metadata(store.store)
 
 
 def _has_groups(path: Path) -> bool:
-    """Whether an h5ad file is in today's layout, to which columns can be added one by one."""
+    """Return whether an h5ad file is in today's layout, to which columns can be added one by one."""
     try:
         with h5py.File(path, "r") as file:
             return isinstance(file["obs"], h5py.Group) and file["obs"].attrs.get("encoding-version") == "0.2.0"
@@ -366,7 +362,7 @@ def _has_groups(path: Path) -> bool:
 
 
 def _write_results(store: Any, obs: pd.DataFrame, obsm: dict[str, Any], uns: dict[str, Any]) -> None:
-    """Put results into an open h5ad file or zarr store."""
+    """Write results into an open h5ad file or zarr store."""
     table = store["obs"]
     index = str(table.attrs["_index"])
     n_cells = int(table[index].shape[0])
@@ -407,7 +403,7 @@ def _write_blocks(group: Any, name: str, array: BlockArray) -> None:
 
 
 def _storable(values: pd.Series) -> Any:
-    """Array of a column as AnnData stores it; text becomes categories."""
+    """Return the array of a column as AnnData stores it; text becomes categories."""
     if pd.api.types.is_string_dtype(values.dtype):
         return pd.Categorical(values)
     return values.array if pd.api.types.is_extension_array_dtype(values.dtype) else values.to_numpy()
@@ -429,7 +425,7 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def to_json(content: Any) -> str:
-    """Text of one JSON value: numbers and arrays of NumPy as plain ones, NaN and infinity as null, paths as text."""
+    """Format one JSON value: numbers and arrays of NumPy as plain ones, NaN and infinity as null, paths as text."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -446,7 +442,7 @@ def to_json(content: Any) -> str:
 
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:
-    """Write one JSON value, as `to_json` puts it.
+    """Write one JSON value, formatted by `to_json`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Outputs are checked before any work starts, and written whole or not at all."""
+"""Check outputs before any work starts, write them whole or not at all, hash and lock files."""
 
 import errno
 import hashlib
@@ -26,18 +26,18 @@ _FULL_TEXT = re.compile(rf"(errno = |os error )({'|'.join(map(str, _FULL))})\b")
 def check_output(
     path: str | os.PathLike[str], force: bool = False, *, folder: bool = False, suffixes: Sequence[str] = ()
 ) -> None:
-    """Make sure, before any work starts, that an output may and can be written.
+    """Check, before any work starts, that an output may and can be written.
 
     Parameters
     ----------
     path
-        Where the output shall be.
+        Path of the output.
     force
         Whether an output that exists may be replaced.
     folder
         Whether the output is a folder; an empty one may exist.
     suffixes
-        Ends of names that are expected; any by default.
+        Allowed ends of the name; any by default.
 
     Raises
     ------
@@ -68,12 +68,12 @@ def check_output(
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside the target, which replaces the target if all goes well and is removed if not.
+    """Yield a temporary path beside the target, which replaces the target on success and is removed on error.
 
     Parameters
     ----------
     path
-        Where the output shall be, a file or a folder. A link is followed.
+        Path of the output, a file or a folder. A link is followed.
 
     Yields
     ------
@@ -96,9 +96,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
         _replace(temporary, target)
     except Exception as error:
-        # An output inside this one has said already which of them found no room.
-        told = isinstance(error, OutputError) and FULL in str(error)
-        if _is_full(error) and not told:
+        # An output inside this one has reported already which of them found no room.
+        reported = isinstance(error, OutputError) and FULL in str(error)
+        if _is_full(error) and not reported:
             raise OutputError(
                 f"{path}: {FULL}; nothing was written. Make room, or give a path on another disk"
             ) from error
@@ -111,7 +111,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _quiet_hdf5() -> Iterator[None]:
-    """Keep HDF5 from printing a traceback for each of its objects that cannot be flushed to a full disk.
+    """Silence the traceback that HDF5 prints for each of its objects that cannot be flushed to a full disk.
 
     The first of these errors is raised and becomes one line; the others come while objects are freed, where Python can
     only print them.
@@ -134,7 +134,7 @@ def _quiet_hdf5() -> Iterator[None]:
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    """Put a finished output in its place; an old folder is moved aside first, as the system replaces only files."""
+    """Move a finished output to its path; an old folder is moved aside first, as the system replaces only files."""
     if not target.is_dir():
         os.replace(temporary, target)
         return
@@ -156,7 +156,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is a disk, a quota or a file size that is exhausted."""
+    """Return whether an error, or one of its causes, is an exhausted disk, quota or file size."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in _FULL) or _FULL_TEXT.search(str(error)):
             return True

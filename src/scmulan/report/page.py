@@ -14,7 +14,8 @@ import numpy as np
 from anndata import AnnData
 
 import scmulan
-from scmulan._io.adata import atomic_path, check_output, open_input
+from scmulan._io.adata import open_input
+from scmulan._io.outputs import atomic_path, check_output
 from scmulan._keys import CELL_TYPE
 from scmulan.errors import OutputError, ScmulanError
 from scmulan.model.folder import read_card, resolve_model

@@ -1,7 +1,7 @@
-"""What ships beside the code: the gene and ontology tables, the published word list and the shipped model.
+"""Packaged data: the gene and ontology tables, the published vocabulary and the shipped model.
 
-Only data may enter here, each file named in ``LICENSES.md``; what others made is hashed in ``PROVENANCE.json``, with
-its source. ``tools/build_resources.py`` makes the tables. No cells and no code other than this reader.
+Only data may enter here, each file named in ``LICENSES.md``; files made by others are hashed in ``PROVENANCE.json``,
+with their sources. ``tools/build_resources.py`` makes the tables. No cells and no code other than this reader.
 """
 
 import gzip
@@ -11,7 +11,7 @@ __all__ = ["read_bytes", "read_text"]
 
 
 def read_bytes(name: str) -> bytes:
-    """Return a packaged file as it is.
+    """Return the bytes of a packaged file.
 
     Parameters
     ----------

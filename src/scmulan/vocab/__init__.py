@@ -1,6 +1,9 @@
-"""The cell language: words, sentences and tasks, and how expression becomes them.
+"""The cell language: from an AnnData to tokens, and back.
 
-Only numpy, scipy, numba, pandas and anndata may enter here, never torch: everything in this room
-can be tested without a network. Nothing in it knows about models, training or files on disk other
-than the packaged tables and vocabularies.
+In the order of the data: `matrix` and `storage` (which matrix, read in blocks), `gene_table` and `genes` (which column
+is which gene), `ontology` (cell types), `vocabulary` (tokens and ids), `binning` (expression to levels), `tasks` and
+`sentences` (tokens in order).
+
+Only numpy, scipy, numba, pandas and anndata may enter, never torch: everything here is tested without a network.
+Nothing here knows of models, of training, or of files other than the packaged tables and vocabularies.
 """
