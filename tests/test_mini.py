@@ -1,4 +1,4 @@
-"""The model that ships: whole, small, honest about what it was trained on, and useful."""
+"""The packaged model: complete, small, described by its card, and useful."""
 
 import json
 
@@ -19,7 +19,7 @@ def mini():
     return scmulan.load("mini", device="cpu")
 
 
-def test_it_is_whole_and_small():
+def test_it_is_complete_and_small():
     folder = resolve_model("mini")
     verify_hashes(folder)
     assert sum(f.stat().st_size for f in folder.iterdir()) < 10 * 2**20
@@ -36,7 +36,7 @@ def test_its_card_names_its_training_cells_and_recipe(mini, root):
     assert last["validation"] == mini.card["validation"]
 
 
-def test_it_names_the_lineage_of_blood_cells_that_nobody_trained_on(mini, tmp_path):
+def test_it_predicts_the_lineage_of_blood_cells_that_it_was_not_trained_on(mini, tmp_path):
     cells = scanpy.datasets.pbmc68k_reduced()
     cells.uns.clear()
     write_h5ad(cells, tmp_path / "pbmc.h5ad")
@@ -47,21 +47,21 @@ def test_it_names_the_lineage_of_blood_cells_that_nobody_trained_on(mini, tmp_pa
     assert groups["accuracy"] >= 0.86  # 0.874 when it was made; progenitors are not among its types
 
 
-def test_written_cells_have_the_genes_and_the_number_of_genes_of_real_ones(mini, shared):
+def test_generated_cells_have_the_genes_and_the_number_of_genes_of_real_ones(mini, shared):
     import anndata as ad
 
     real = ad.read_h5ad(shared / "data" / "train" / "10x_pbmc4k.h5ad")
     real = real[real.obs["label"] == "B cell"].copy()
     scmulan.tl.annotate(real, mini)
-    asked = {"organ": "Blood", "status": "Healthy", "technology": "10x 3' v2", "cell_type": "B cell"}
-    made = scmulan.tl.generate(mini, asked, n=100, seed=0, genes=list(real.var_names))
-    assert made.obs["words"].mean() == pytest.approx(real.uns["scmulan"]["words_per_cell"], rel=0.15)
-    others = scmulan.tl.generate(mini, {**asked, "cell_type": "CD4-positive, alpha-beta T cell"}, n=100, seed=0)
+    prompt = {"organ": "Blood", "status": "Healthy", "technology": "10x 3' v2", "cell_type": "B cell"}
+    generated = scmulan.tl.generate(mini, prompt, n=100, seed=0, genes=list(real.var_names))
+    assert generated.obs["words"].mean() == pytest.approx(real.uns["scmulan"]["words_per_cell"], rel=0.15)
+    others = scmulan.tl.generate(mini, {**prompt, "cell_type": "CD4-positive, alpha-beta T cell"}, n=100, seed=0)
 
     def detected(cells, gene):
         return float((cells[:, gene].X > 0).mean())
 
-    assert all(detected(made, gene) > 1.5 * detected(others, gene) for gene in ("MS4A1", "CD79A", "CD79B"))
-    assert detected(others, "CD3E") > detected(made, "CD3E")
-    scmulan.tl.annotate(made, mini)
-    assert (made.obs["scmulan_cell_type"] == "B cell").mean() > 0.5
+    assert all(detected(generated, gene) > 1.5 * detected(others, gene) for gene in ("MS4A1", "CD79A", "CD79B"))
+    assert detected(others, "CD3E") > detected(generated, "CD3E")
+    scmulan.tl.annotate(generated, mini)
+    assert (generated.obs["scmulan_cell_type"] == "B cell").mean() > 0.5

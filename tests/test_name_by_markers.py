@@ -1,4 +1,4 @@
-"""Names from clusters and markers, as a recipe of a small model uses them."""
+"""Labels from clusters and markers, as used by the recipe of the small model."""
 
 import importlib.util
 import sys
@@ -40,7 +40,7 @@ def study(tmp_path):
     return path, kind
 
 
-def test_clusters_get_the_names_of_their_markers(tool, study, tmp_path, monkeypatch, capsys):
+def test_clusters_get_the_labels_of_their_markers(tool, study, tmp_path, monkeypatch, capsys):
     path, kind = study
     genes = [f"G{20 * k} G{20 * k + 1} G{20 * k + 2} -G{(20 * k + 20) % 60} ABSENT" for k in range(3)]
     markers = pd.DataFrame({"label": TYPES, "coarse": [f"coarse {t}" for t in TYPES], "given": "yes", "markers": genes})
@@ -76,15 +76,15 @@ def test_clusters_get_the_names_of_their_markers(tool, study, tmp_path, monkeypa
     assert f"{int(named.sum())} of 170 cells named" in printed and f"coarse {TYPES[1]}" in printed
 
 
-def test_a_cell_among_others_gets_no_name(tool, study):
+def test_a_cell_among_others_gets_no_label(tool, study):
     """Its cluster's name, unless its neighbours show other markers: here nothing tells the types apart."""
     path, _ = study
     markers = pd.DataFrame({"coarse": "x", "given": "yes", "markers": ["G100 G101", "G102 G103"]}, index=["one", "two"])
-    found = tool.name(ad.read_h5ad(path), markers, 0.5)
+    found = tool.label_cells(ad.read_h5ad(path), markers, 0.5)
     assert (found == "").mean() > 0.5
 
 
-def test_mixed_names_of_a_study_are_told_apart(tool, shared, tmp_path, monkeypatch):
+def test_mixed_labels_of_a_study_are_told_apart(tool, shared, tmp_path, monkeypatch):
     """Real cells: monocytes and dendritic cells under one name, natural killer and T cells under another."""
     study, recipes = shared / "data" / "train" / "10x_pbmc4k.h5ad", ROOT / "recipes" / "mini"
     vague = ["--vague", "mononuclear phagocyte", "--vague", "natural killer cell"]

@@ -1,4 +1,4 @@
-"""The demo: annotate, embed and generate with the packaged model, then make a report.
+"""Demo: annotate, embed and generate with the packaged model, then write a report.
 
     python tools/demo.py OUT_FOLDER [--input MY.h5ad]
 
@@ -16,22 +16,22 @@ import anndata as ad
 
 from scmulan.cli.__main__ import main as scmulan
 
-CELLS = 100
+N_GENERATED = 100
 
 
 def run(*arguments: str) -> None:
-    """Show a command and run it; end where it ends with an error."""
+    """Print a command and run it; exit if it fails."""
     print(f"\n$ scmulan {shlex.join(arguments)}", flush=True)
     code = scmulan(arguments)
     if code:
         sys.exit(code)
 
 
-def prompt(annotated: Path) -> list[str]:
-    """Ask for the most common type, where the model was sure of it."""
+def prompt_options(annotated: Path) -> list[str]:
+    """Return options that prompt for the most common type, of confident cells if there are any."""
     obs = ad.read_h5ad(annotated, backed="r").obs
-    sure = obs[obs["scmulan_cell_type_status"] == "confident"]
-    types = (sure if len(sure) else obs)["scmulan_cell_type"]
+    confident = obs[obs["scmulan_cell_type_status"] == "confident"]
+    types = (confident if len(confident) else obs)["scmulan_cell_type"]
     return ["--set", f"cell_type={types.value_counts().idxmax()}"]
 
 
@@ -50,8 +50,8 @@ def main() -> None:
         subprocess.run([sys.executable, str(Path(__file__).with_name("demo_input.py")), str(cells)], check=True)
     annotated, table, generated = out.values()
     run("annotate", str(cells), "-o", annotated, "--embed", "--table", table, "--force")
-    asked = prompt(Path(annotated))
-    run("generate", "-o", generated, *asked, "-n", str(CELLS), "--genes-from", annotated, "--force")
+    prompt = prompt_options(Path(annotated))
+    run("generate", "-o", generated, *prompt, "-n", str(N_GENERATED), "--genes-from", annotated, "--force")
     run("report", annotated, "--generated", generated, "-o", report, "--force")
     print("\nThe demo's files:")
     for path in (*out.values(), report):

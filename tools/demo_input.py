@@ -2,9 +2,9 @@
 
     python tools/demo_input.py OUT.h5ad
 
-The file is as people have them: scaled values in ``X``, log1p values in ``raw``, and the labels that were given by
-comparison with sorted cells in ``obs['bulk_labels']``. scMulan uses none of the labels; they are there to look at
-beside its own.
+The file is like many files of users: scaled values in ``X``, log1p values in ``raw``, and the labels that were given by
+comparison with sorted cells in ``obs['bulk_labels']``. scmulan does not use these labels; they are kept for comparison
+with its predictions.
 """
 
 import sys
@@ -15,7 +15,7 @@ from anndata import AnnData
 from scmulan._io.adata import check_output, write_h5ad
 from scmulan.errors import ScmulanError
 
-KEPT = ["bulk_labels", "n_genes", "n_counts", "percent_mito"]
+OBS_COLUMNS = ["bulk_labels", "n_genes", "n_counts", "percent_mito"]
 
 
 def main(arguments: list[str]) -> int:
@@ -34,9 +34,9 @@ def main(arguments: list[str]) -> int:
 
 
 def cells() -> AnnData:
-    """Return the cells, without what was computed from them elsewhere."""
+    """Return the cells, without embeddings, neighbours and other results."""
     cells = scanpy.datasets.pbmc68k_reduced()
-    cells.obs = cells.obs[KEPT]
+    cells.obs = cells.obs[OBS_COLUMNS]
     cells.uns.clear()
     cells.obsm.clear()
     cells.varm.clear()
