@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmulan.benchmarks.tokenize import VOCABULARY, as_released, same_words, synthetic_cells, with_scipy
+from scmulan.benchmarks.tokenize import VOCABULARY, as_released, same_tokens, synthetic_cells, with_scipy
 from scmulan.vocab.binning import debin, log1p_normalised, sum_whole, tokenize
 
 
@@ -146,7 +146,7 @@ def test_only_whole_counts_may_be_added_in_any_order():
         assert not sum_whole(np.array([1, 2, other, 4], dtype=np.float32))[1]
 
 
-def test_scipy_and_the_published_way_come_to_the_same_words():
+def test_scipy_and_the_published_way_come_to_the_same_tokens():
     matrix, columns = synthetic_cells(40)
     tokens = tokenize(matrix, columns, VOCABULARY, matrix_kind="counts")
     for other in (
@@ -154,9 +154,9 @@ def test_scipy_and_the_published_way_come_to_the_same_words():
         with_scipy(matrix, columns, VOCABULARY, subset_first=True),
         as_released(matrix, columns, VOCABULARY),
     ):
-        assert same_words(tokens, other)
+        assert same_tokens(tokens, other)
     tokens.level[3] += 1
-    assert not same_words(tokens, other)
+    assert not same_tokens(tokens, other)
 
 
 def test_unsorted_entries_and_stored_zeros_are_no_matter():

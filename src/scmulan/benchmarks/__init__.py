@@ -1,5 +1,5 @@
-"""How fast it is, beside yardsticks of the same run: GEMM ceilings, memory bandwidth, the release's way, other tools.
+"""Benchmarks, each beside yardsticks of the same run: GEMM ceilings, memory bandwidth, the release's way, other tools.
 
-Each benchmark is a function that returns one JSON-ready dictionary with ``benchmark``, ``machine`` and its figures;
-``scmulan bench NAME`` prints it as the last line. Extras may be imported, within functions.
+Each module has a function ``run`` that returns one JSON-ready dictionary with ``machine`` and its figures;
+``scmulan bench NAME`` prints it as the last line. Optional dependencies are imported within functions.
 """

@@ -19,7 +19,7 @@ import torch
 
 import scmulan
 from scmulan.benchmarks.ceiling import machine
-from scmulan.benchmarks.release_way import ReleaseWay
+from scmulan.benchmarks.release_way import ReleaseDecoder
 from scmulan.errors import ModelError
 from scmulan.generate.decoding import CellDecoder, DecodingConfig, _DecodingSlots
 from scmulan.infer.precision import apply_precision
@@ -97,12 +97,12 @@ def _seconds(model: LoadedModel, prompt: np.ndarray, rows: int, draft: int) -> f
 
 def _release_seconds(model: LoadedModel, prompt: np.ndarray, words: int) -> float:
     """Seconds of one word in the release's cached way, going on with a prompt; reading the prompt does not count."""
-    way = ReleaseWay(network=model.network, end=-1, cached=True)  # random weights do not know when to end
+    decoder = ReleaseDecoder(network=model.network, end=-1, cached=True)  # random weights do not know when to end
     fastest = {1: float("inf"), 1 + words: float("inf")}
     for number in (*fastest, *fastest):
         start = time.perf_counter()
-        way.generator = torch.Generator().manual_seed(0)
-        way.say(prompt.tolist(), [0] * len(prompt), number)
+        decoder.generator = torch.Generator().manual_seed(0)
+        decoder.generate(prompt.tolist(), [0] * len(prompt), number)
         fastest[number] = min(fastest[number], time.perf_counter() - start)
     return (fastest[1 + words] - fastest[1]) / words
 

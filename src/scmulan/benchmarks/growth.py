@@ -1,4 +1,4 @@
-"""How time and memory of annotation grow with cells, with words per cell, and with the cells of one pass."""
+"""Growth of annotation's time and memory with cells, with tokens per cell, and with the cells of one pass."""
 
 import re
 import time
@@ -15,20 +15,21 @@ from scmulan.vocab.sentences import Sentences
 from scmulan.vocab.vocabulary import Family
 
 CELLS = (100, 1_000, 10_000, 100_000)
-WORDS = (100, 200, 400, 800, 1_550)
+TOKENS = (100, 200, 400, 800, 1_550)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
-BLOCK = 2_048
+# Cells made at a time.
+BLOCK_CELLS = 2_048
 
 
 def run(*, quick: bool = False, plot: Path | None = None) -> dict[str, Any]:
-    """Time the small model over three axes, the other two held.
+    """Time the small model over each of three quantities, the other two held.
 
     Parameters
     ----------
     quick
         Fewer and smaller points.
     plot
-        Where to draw the curves (PNG or SVG; needs matplotlib).
+        Path of a figure of the curves (PNG or SVG; needs matplotlib).
 
     Returns
     -------
@@ -40,7 +41,7 @@ def run(*, quick: bool = False, plot: Path | None = None) -> dict[str, Any]:
     score_labels(model, _sentences(model, 8, 100))
     found = {
         "cells": _curve(model, [(n, n, 100, None) for n in (CELLS[:2] if quick else CELLS)]),
-        "words": _curve(model, [(n, 32, n, None) for n in (WORDS[:3] if quick else WORDS)]),
+        "words": _curve(model, [(n, 32, n, None) for n in (TOKENS[:3] if quick else TOKENS)]),
         "batch": _curve(model, [(n, max(16 if quick else 128, n), 300, n) for n in (BATCH[:5] if quick else BATCH)]),
     }
     if plot is not None:
@@ -49,14 +50,14 @@ def run(*, quick: bool = False, plot: Path | None = None) -> dict[str, Any]:
 
 
 def _curve(model: LoadedModel, points: list[tuple[int, int, int, int | None]]) -> dict[str, Any]:
-    """Points (n, cells, words of each, cells per pass) in turn."""
+    """Measure points (n, cells, tokens of each, cells per pass) in turn."""
     out: dict[str, Any] = {"n": [], "seconds": [], "mib": []}
-    for n, cells, words, batch in points:
-        budget = None if batch is None else TokenBudget(max_tokens=batch * words)
+    for n, cells, n_tokens, batch in points:
+        budget = None if batch is None else TokenBudget(max_tokens=batch * n_tokens)
         before = _reset_peak()
         start = time.perf_counter()
-        for begin in range(0, cells, BLOCK):
-            score_labels(model, _sentences(model, min(BLOCK, cells - begin), words, seed=begin), budget=budget)
+        for begin in range(0, cells, BLOCK_CELLS):
+            score_labels(model, _sentences(model, min(BLOCK_CELLS, cells - begin), n_tokens, seed=begin), budget=budget)
         out["n"].append(n)
         out["seconds"].append(round(time.perf_counter() - start, 3))
         out["mib"].append(None if before is None else round((_peak() - before) / 2**20, 1))
@@ -64,21 +65,22 @@ def _curve(model: LoadedModel, points: list[tuple[int, int, int, int | None]]) -
     return {**out, "exponent": round(float(slope), 2)}
 
 
-def _sentences(model: LoadedModel, n: int, words: int, seed: int = 0) -> Sentences:
+def _sentences(model: LoadedModel, n: int, n_tokens: int, seed: int = 0) -> Sentences:
+    """Return annotation prompts of random genes."""
     rng = np.random.default_rng(seed)
-    genes, ask = model.vocabulary.ids(Family.GENE).astype(np.int32), model.vocabulary.prompts["annotate"]
-    entity = np.empty((n, words), dtype=np.int32)
+    genes, prompt_token = model.vocabulary.ids(Family.GENE).astype(np.int32), model.vocabulary.prompts["annotate"]
+    entity = np.empty((n, n_tokens), dtype=np.int32)
     for row in entity:
-        row[:-1] = rng.choice(genes, words - 1, replace=False)
-    entity[:, -1] = ask
-    value = rng.integers(1, 11, (n, words)).astype(np.uint8)
+        row[:-1] = rng.choice(genes, n_tokens - 1, replace=False)
+    entity[:, -1] = prompt_token
+    value = rng.integers(1, 11, (n, n_tokens)).astype(np.uint8)
     value[:, -1] = 0
-    lengths = np.full(n, words, dtype=np.int64)
-    return Sentences(np.arange(n + 1, dtype=np.int64) * words, entity.ravel(), value.ravel(), lengths)
+    lengths = np.full(n, n_tokens, dtype=np.int64)
+    return Sentences(np.arange(n + 1, dtype=np.int64) * n_tokens, entity.ravel(), value.ravel(), lengths)
 
 
 def _reset_peak() -> int | None:
-    """Let the peak begin anew; bytes in use now, None where the system offers no such thing."""
+    """Reset the peak of this process and return its bytes in use; None where the system cannot do that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _peak()
@@ -87,6 +89,7 @@ def _reset_peak() -> int | None:
 
 
 def _peak() -> int:
+    """Return the peak of this process' memory in bytes."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 
@@ -105,10 +108,10 @@ def _draw(found: dict[str, Any], path: Path) -> None:
         curve = found[name]
         axis.loglog(curve["n"], curve["seconds"], "o-", color="#1f6f8b", label="seconds")
         axis.set(xlabel=title, title=f"time ∝ n^{curve['exponent']}")
-        # A point that took no more than the process had already has no place on a logarithmic axis.
-        told = [(n, mib) for n, mib in zip(curve["n"], curve["mib"], strict=True) if mib is not None and mib > 0]
-        if told:
-            numbers, mib = zip(*told, strict=True)
+        # A point that took no more than the process had already cannot be shown on a logarithmic axis.
+        shown = [(n, mib) for n, mib in zip(curve["n"], curve["mib"], strict=True) if mib is not None and mib > 0]
+        if shown:
+            numbers, mib = zip(*shown, strict=True)
             memory = axis.twinx()
             memory.loglog(numbers, mib, "s--", color="#b5651d")
             memory.set_ylabel("peak MiB", color="#b5651d")

@@ -1,10 +1,10 @@
-"""The release's way of decoding, as a yardstick: one cell at a time, all positions through both heads for each word.
+"""Decoding as the published release does it, as a yardstick: one cell at a time, all positions through both heads.
 
 Written from the facts of the published code, on the same network and the same kernels as ours, so that a ratio shows
-what the way costs and not how well it was compiled. The plain class reads the whole sentence again for every new word;
-the class with a key-value cache reads the prompt once, lengthens the cache by concatenation, and passes every new
-position through both heads. A word is not said twice (the plain class lets the newest be repeated). Either is greedy,
-or samples from the softmax of the logits; a value is always the rounded mean.
+what the method costs and not how well it was compiled. The plain class reads the whole sentence again for every new
+token; the class with a key-value cache reads the prompt once, lengthens the cache by concatenation, and passes every
+new position through both heads. No token is generated twice (the plain class lets the newest be repeated). Either is
+greedy, or samples from the softmax of the logits; a value is always the rounded mean.
 """
 
 from dataclasses import dataclass, field
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from scmulan.model.network import Block, Mulan
 
-ANNOTATION_WORDS = 3
+ANNOTATION_TOKENS = 3
 LEVELS = 10
 
 
-def prompt_of(row: np.ndarray, gene_ids: np.ndarray, ask: int) -> tuple[list[int], list[int]]:
-    """Words and values of one cell from its dense row of log1p values: genes in reverse order, then the prompt word."""
-    places = np.flatnonzero(row > 0)[::-1]
-    levels = np.digitize(row[places], np.linspace(0, row.max(), LEVELS + 1), right=True)
-    return [*gene_ids[places].tolist(), ask], [*levels.tolist(), 0]
+def prompt_of(row: np.ndarray, gene_ids: np.ndarray, prompt_token: int) -> tuple[list[int], list[int]]:
+    """Return tokens and values of a cell from its log1p values ``[genes]``: genes in reverse order, then the prompt."""
+    genes = np.flatnonzero(row > 0)[::-1]
+    levels = np.digitize(row[genes], np.linspace(0, row.max(), LEVELS + 1), right=True)
+    return [*gene_ids[genes].tolist(), prompt_token], [*levels.tolist(), 0]
 
 
 @dataclass(kw_only=True)
-class ReleaseWay:
+class ReleaseDecoder:
     """Decoder of one sentence at a time.
 
     Parameters
@@ -36,11 +36,11 @@ class ReleaseWay:
     network
         In float32, without set state (the published shape).
     end
-        Id of the end word.
+        Id of the end token.
     cached
         Decode as the class with a key-value cache does.
     generator
-        Sample from the softmax with it; greedy without.
+        Generator to sample from the softmax with; None for greedy decoding.
     """
 
     network: Mulan
@@ -50,40 +50,43 @@ class ReleaseWay:
     _past: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @torch.inference_mode()
-    def annotate(self, row: np.ndarray, gene_ids: np.ndarray, ask: int) -> tuple[list[int], list[int], np.ndarray]:
-        """Words, values and embedding of one cell from its dense row."""
-        return self.say(*prompt_of(row, gene_ids, ask), ANNOTATION_WORDS)
+    def annotate(
+        self, row: np.ndarray, gene_ids: np.ndarray, prompt_token: int
+    ) -> tuple[list[int], list[int], np.ndarray]:
+        """Annotate a cell from its log1p values ``[genes]``; returns as :meth:`generate`."""
+        return self.generate(*prompt_of(row, gene_ids, prompt_token), ANNOTATION_TOKENS)
 
     @torch.inference_mode()
-    def say(self, entity: list[int], value: list[int], words: int) -> tuple[list[int], list[int], np.ndarray]:
-        """Go on with a sentence until the end word or ``words`` words.
+    def generate(self, entity: list[int], value: list[int], max_tokens: int) -> tuple[list[int], list[int], np.ndarray]:
+        """Go on with a sentence until the end token or ``max_tokens`` tokens.
 
         Returns
         -------
         tuple
-            Words and values said; and the state at the second-to-last position of the last pass, float32 ``[width]``.
+            Tokens and values generated; and the hidden state at the second-to-last position of the last pass, float32
+            ``[width]``.
         """
         entity, value, self._past = list(entity), list(value), []
-        start, read = len(entity), 0
+        prompt_length, read = len(entity), 0
         while True:
             new = torch.tensor([entity[read:]]), torch.tensor([value[read:]])
-            hidden = self._read_on(*new) if self.cached else self.network(*new)
+            hidden = self._forward_cached(*new) if self.cached else self.network(*new)
             logits, means = self.network.entity_head(hidden), self.network.value_head(hidden)
             read = len(entity) if self.cached else 0
-            ahead = logits[0, -1].clone()
-            ahead[torch.tensor(entity if self.cached else entity[:-1], dtype=torch.int64)] = -torch.inf
-            word = self._choose(ahead)
-            entity.append(word)
-            value.append(int(means[0, -1, word].round().clamp(0, LEVELS)))
-            if word == self.end or len(entity) == start + words:
-                return entity[start:], value[start:], hidden[0, max(hidden.shape[1] - 2, 0)].numpy()
+            next_logits = logits[0, -1].clone()
+            next_logits[torch.tensor(entity if self.cached else entity[:-1], dtype=torch.int64)] = -torch.inf
+            token = self._choose(next_logits)
+            entity.append(token)
+            value.append(int(means[0, -1, token].round().clamp(0, LEVELS)))
+            if token == self.end or len(entity) == prompt_length + max_tokens:
+                return entity[prompt_length:], value[prompt_length:], hidden[0, max(hidden.shape[1] - 2, 0)].numpy()
 
     def _choose(self, logits: Tensor) -> int:
         if self.generator is None:
             return int(logits.argmax())
         return int(torch.multinomial(logits.softmax(0), 1, generator=self.generator))
 
-    def _read_on(self, entity: Tensor, value: Tensor) -> Tensor:
+    def _forward_cached(self, entity: Tensor, value: Tensor) -> Tensor:
         x = self.network.word(entity) + self.network.level(value)
         for layer, block in enumerate(self.network.blocks):
             assert isinstance(block, Block)

@@ -1,4 +1,4 @@
-"""Expression → words: the compiled pass beside vectorised scipy and the release's cell-by-cell way."""
+"""Expression to tokens: the compiled pass beside vectorised scipy and the release's cell-by-cell way."""
 
 import time
 from collections.abc import Callable
@@ -16,25 +16,26 @@ T = TypeVar("T")
 
 
 def run(*, quick: bool = False) -> dict[str, object]:
-    """Cells per second of one core; every way reads the same counts and has to come to the same words.
+    """Measure cells per second of one core; every way reads the same counts and has to give the same tokens.
 
-    Seconds are those that the processor spent, so that a busy machine does not make them longer.
+    Seconds are CPU time, so that a busy machine does not make them longer.
     """
     cells = 2_000 if quick else 20_000
     few = 100 if quick else 500
     matrix, columns = synthetic_cells(cells)
     part = matrix[:few]
-    tokenize(part, columns, VOCABULARY, matrix_kind="counts")
-    repeats = 3 if quick else 5
-    ours, words = _seconds(lambda: tokenize(matrix, columns, VOCABULARY, matrix_kind="counts"), repeats)
-    scipy_seconds, scipy_words = _seconds(lambda: with_scipy(matrix, columns, VOCABULARY), repeats)
-    first_seconds, first_words = _seconds(lambda: with_scipy(matrix, columns, VOCABULARY, subset_first=True), repeats)
-    release_seconds, release_words = _seconds(lambda: as_released(part, columns, VOCABULARY), 2)
     logged = matrix.copy()
     logged.data = np.log1p(logged.data)
+    tokenize(part, columns, VOCABULARY, matrix_kind="counts")  # compiles
+    repeats = 3 if quick else 5
+    ours, tokens = _seconds(lambda: tokenize(matrix, columns, VOCABULARY, matrix_kind="counts"), repeats)
     log_seconds, _ = _seconds(lambda: tokenize(logged, columns, VOCABULARY, matrix_kind="log1p"), repeats)
-    some = GeneTokens(words.indptr[: few + 1], words.gene, words.level, words.maximum, words.covered)
-    if not (same_words(words, scipy_words) and same_words(words, first_words) and same_words(some, release_words)):
+    scipy_seconds, scipy_tokens = _seconds(lambda: with_scipy(matrix, columns, VOCABULARY), repeats)
+    first_seconds, first_tokens = _seconds(lambda: with_scipy(matrix, columns, VOCABULARY, subset_first=True), repeats)
+    release_seconds, release_tokens = _seconds(lambda: as_released(part, columns, VOCABULARY), 2)
+    some = GeneTokens(tokens.indptr[: few + 1], tokens.gene, tokens.level, tokens.maximum, tokens.covered)
+    pairs = ((tokens, scipy_tokens), (tokens, first_tokens), (some, release_tokens))
+    if not all(same_tokens(a, b) for a, b in pairs):
         raise AssertionError("the ways disagree about the words of the same cells")
     return {
         "machine": machine(quick=quick),
@@ -54,7 +55,7 @@ def run(*, quick: bool = False) -> dict[str, object]:
 
 
 def synthetic_cells(cells: int, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Counts ``[cells, 20,000]`` with 1,500 non-zeros each, mostly ones; a tenth of the genes is in the vocabulary."""
+    """Return counts ``[cells, 20,000]``: 1,500 non-zeros each, mostly ones; a tenth of the genes in the vocabulary."""
     rng = np.random.default_rng(seed)
     rows = [np.sort(rng.choice(GENES, NON_ZEROS, replace=False)) for _ in range(cells)]
     data = rng.geometric(0.6, cells * NON_ZEROS).astype(np.float32)
@@ -66,10 +67,10 @@ def synthetic_cells(cells: int, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarra
 
 
 def with_scipy(matrix: sp.csr_matrix, columns: np.ndarray, genes: int, *, subset_first: bool = False) -> GeneTokens:
-    """The same rule in whole-matrix operations of numpy and scipy.
+    """Tokenise by whole-matrix operations of numpy and scipy.
 
-    In the order in which it is told (normalise, log1p, choose genes, bin), or with the genes chosen first, so that
-    logarithms are taken of a tenth of the values.
+    In the order of the rule (normalise, log1p, choose genes, bin), or with the genes chosen first, so that logarithms
+    are taken of a tenth of the values.
     """
     total = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()
     inside = np.flatnonzero(columns >= 0)
@@ -94,12 +95,12 @@ def with_scipy(matrix: sp.csr_matrix, columns: np.ndarray, genes: int, *, subset
 
 
 def as_released(matrix: sp.csr_matrix, columns: np.ndarray, genes: int) -> GeneTokens:
-    """The release's way: a dense table of the vocabulary's genes, then a series, its names and bins cell by cell."""
+    """Tokenise as the release does: a dense table of the vocabulary's genes, then a series, names and bins per cell."""
     inside = np.flatnonzero(columns >= 0)
     total = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()
     amounts = matrix[:, inside[np.argsort(columns[inside])]].toarray() * (TARGET_SUM / total)[:, None]
     names = [f"G{i}" for i in range(genes)]
-    place = {name: i for i, name in enumerate(names)}
+    index = {name: i for i, name in enumerate(names)}
     cells = [f"cell {i}" for i in range(len(total))]
     table = pd.DataFrame(np.log1p(amounts).astype(np.float32), index=cells, columns=names)
     lengths, gene, level = [0], [], []
@@ -107,17 +108,17 @@ def as_released(matrix: sp.csr_matrix, columns: np.ndarray, genes: int) -> GeneT
         series = table.loc[cell]
         expressed = series[series > 0].index.tolist()
         values = series[expressed].values
-        said = dict(zip(expressed, values, strict=True))
-        edges = np.linspace(0, np.max(list(said.values())), LEVELS + 1)
-        level.append(np.digitize(list(said.values()), edges, right=True))
-        gene.append([place[name] for name in said])
-        lengths.append(len(said))
+        expressed_values = dict(zip(expressed, values, strict=True))
+        edges = np.linspace(0, np.max(list(expressed_values.values())), LEVELS + 1)
+        level.append(np.digitize(list(expressed_values.values()), edges, right=True))
+        gene.append([index[name] for name in expressed_values])
+        lengths.append(len(expressed_values))
     maximum = table.to_numpy().max(1)
     return GeneTokens(np.cumsum(lengths), np.concatenate(gene), np.concatenate(level), maximum, total)
 
 
-def same_words(a: GeneTokens, b: GeneTokens) -> bool:
-    """Whether two batches have the same genes and bins in every cell."""
+def same_tokens(a: GeneTokens, b: GeneTokens) -> bool:
+    """Return whether two batches have the same genes and levels in every cell."""
     end = a.indptr[-1]
     return (
         np.array_equal(a.indptr, b.indptr)
@@ -127,6 +128,7 @@ def same_words(a: GeneTokens, b: GeneTokens) -> bool:
 
 
 def _seconds(work: Callable[[], T], repeats: int) -> tuple[float, T]:
+    """Return the CPU seconds of the fastest run, and its result."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
