@@ -19,21 +19,23 @@ def build(
     spec: Annotated[
         Path,
         typer.Argument(
-            metavar="SPEC.toml", help="Which files, and what their columns mean; or a recipe.", show_default=False
+            metavar="SPEC.toml", help="Files and the meaning of their columns; or a recipe.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT/", help="Folder to write.", show_default=False)],
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Processes.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes.")] = 1,
     dask: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", help="Dask scheduler to use instead, such as tcp://host:8786.", show_default=False
+            metavar="ADDRESS",
+            help="Dask scheduler to use instead of processes, such as tcp://host:8786.",
+            show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Write the cells of many files as one corpus. The same command continues a build that was interrupted."""
+    """Write the cells of many files as one corpus. The same command continues an interrupted build."""
     from scmulan.data.build import build
     from scmulan.data.inspect import describe, inspect
     from scmulan.data.spec import read_corpus_spec
@@ -55,10 +57,10 @@ def inspect(corpus: Folder, as_json: options.Json = False) -> None:
 @app.command()
 def verify(
     corpus: Folder,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Files to read at a time.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of files to read at a time.")] = 2,
     as_json: options.Json = False,
 ) -> None:
-    """Compare every file with its checksum; exit with 1 if one was altered or is missing."""
+    """Compare every file with its checksum; the exit code is 1 if one was altered or is missing."""
     from scmulan.data.inspect import verify
 
     found = verify(corpus, jobs)
@@ -78,7 +80,7 @@ def verify(
 def split(
     spec: Annotated[
         Path,
-        typer.Argument(metavar="SPEC.toml", help="Which studies and donors are held out.", show_default=False),
+        typer.Argument(metavar="SPEC.toml", help="Studies and donors to hold out.", show_default=False),
     ],
     out: Annotated[
         Path | None,

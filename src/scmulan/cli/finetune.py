@@ -1,10 +1,11 @@
-"""``scmulan finetune``."""
+"""``scmulan finetune``: train a model on the labels of a file."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from scmulan._text import format_fields
 from scmulan.cli import console, options
 from scmulan.train.finetune_config import FinetuneConfig
 
@@ -36,19 +37,20 @@ def finetune(
     ] = None,
     method: Annotated[Literal["full"], typer.Option(help="full: all weights are trained.")] = DEFAULTS.method,
     epochs: Annotated[
-        float | None, typer.Option(help="Most passes over the labelled cells.", show_default="20, 200–3,000 steps")
+        float | None,
+        typer.Option(help="Maximum number of passes over the labelled cells.", show_default="20, 200–3,000 steps"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps.", show_default=False)] = None,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of optimiser steps.", show_default=False)
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     validation_share: Annotated[
-        float, typer.Option(help="Fraction of the labelled cells that is held out.")
+        float, typer.Option(help="Fraction of the labelled cells that is held out for validation.")
     ] = DEFAULTS.validation_share,
     patience: Annotated[
-        int, typer.Option(min=1, help="Stop after so many checks without a better one.")
+        int, typer.Option(min=1, help="Stop after so many validations without improvement.")
     ] = DEFAULTS.patience,
-    ontology: Annotated[
-        bool, typer.Option("--ontology", help="A finer type is right where a label is coarser.")
-    ] = False,
+    ontology: Annotated[bool, typer.Option("--ontology", help="Count a type finer than the label as correct.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = DEFAULTS.seed,
     layer: options.Layer = None,
     matrix_kind: options.MatrixKind = None,
@@ -56,10 +58,10 @@ def finetune(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Teach a model the cell types of your own cells.
+    """Train a model on the labels of your own cells.
 
-    Labels that the model lacks become new words. The result is a model folder like any other. The same command
-    continues a run that was interrupted.
+    Labels that its vocabulary lacks become new words. The result is a model folder like any other. The same command
+    continues an interrupted run.
     """
     from scmulan.train.finetune import finetune
 
@@ -86,16 +88,16 @@ def finetune(
         progress=console.PROGRESS,
     )
     if report["model"] is None:
-        console.log("scmulan: interrupted; the same command continues from the last checkpoint")
+        console.PROGRESS.log("scmulan: interrupted; the same command continues from the last checkpoint")
         raise typer.Exit(130)
-    console.result(report, _sentences(report), as_json)
+    console.result(report, _summary(report), as_json)
 
 
-def _sentences(report: dict[str, Any]) -> str:
+def _summary(report: dict[str, Any]) -> str:
     recall = report["validation"]["recall"]
     rows = {
         name: f"{cells:,} cells" + (f", {recall[name]:.0%} of those held out named so" if name in recall else "")
         for name, cells in report["labels"].items()
     }
     accuracy = f"{report['validation']['accuracy']:.1%} of {report['held_out']:,} held-out cells named as labelled"
-    return f"{accuracy} (step {report['best_step']:,})\n{console.table(rows)}\nwritten: {report['model']}"
+    return f"{accuracy} (step {report['best_step']:,})\n{format_fields(rows)}\nwritten: {report['model']}"

@@ -1,4 +1,4 @@
-"""``scmulan pretrain``."""
+"""``scmulan pretrain``: train a model by a recipe."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,9 @@ from scmulan.cli import console, options
 
 
 def pretrain(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train on what.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", help="Recipe: model, data and training.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Run folder.", show_default="runs/NAME of the recipe"),
@@ -21,26 +23,26 @@ def pretrain(
             "--set",
             metavar="SECTION.KEY=VALUE",
             show_default=False,
-            help="Setting that wins over the recipe's, such as optimizer.steps=200; may be given again.",
+            help="Replace a setting of the recipe, such as optimizer.steps=200; may be given again.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be trained and what it would cost, and stop.")
+        bool, typer.Option("--dry-run", help="Show what would be trained and its cost, and stop.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a model as a recipe says.
+    """Train a model by a recipe.
 
-    The same command continues a run that was interrupted. The finished model is the folder 'model' of the run folder.
+    The same command continues an interrupted run. The finished model is the folder 'model' of the run folder.
     Several processes: torchrun --nproc-per-node N -m scmulan pretrain RECIPE.toml
     """
     from scmulan.train.pretrain import describe, pretrain
 
     report = pretrain(recipe, out, changes=what or [], dry_run=dry_run, progress=console.PROGRESS)
-    first = os.environ.get("RANK", "0") == "0"  # of a torchrun job, one process speaks
+    first = os.environ.get("RANK", "0") == "0"  # of a torchrun job, one process prints
     if report["model"] is None and not dry_run:
         if first:
-            console.log("scmulan: interrupted; the same command continues from the last checkpoint")
+            console.PROGRESS.log("scmulan: interrupted; the same command continues from the last checkpoint")
         raise typer.Exit(130)
     if first:
         console.result(report, describe(report), as_json)
