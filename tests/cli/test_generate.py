@@ -1,17 +1,20 @@
-"""Options of generate that change how fast cells are written, not which."""
+"""Options of generate that change the speed, not the cells."""
 
 import anndata as ad
 import pytest
 
 
 def test_speed_options(scmulan, folder, tiny):
-    ask = ("generate", "--set", "organ=Blood", "-n", 5, "--model", tiny, "--rule", "exact", "--max-words", 30)
-    assert scmulan(*ask, "-o", "one.h5ad").code == 0
-    found = scmulan(*ask, "-o", "two.h5ad", "--draft", 1, "--batch-size", 2, "--precision", "fp32", "--json").json
+    command = ("generate", "--set", "organ=Blood", "-n", 5, "--model", tiny, "--rule", "exact", "--max-words", 30)
+    assert scmulan(*command, "-o", "one.h5ad").code == 0
+    found = scmulan(*command, "-o", "two.h5ad", "--draft", 1, "--batch-size", 2, "--precision", "fp32", "--json").json
     one, two = ad.read_h5ad("one.h5ad"), ad.read_h5ad("two.h5ad")
     assert (one.X != two.X).nnz == 0
     assert found["parameters"]["precision"] == "fp32"
-    assert scmulan(*ask, "-o", "three.h5ad", "--draft", "auto", "--batch-size", "auto", "--precision", "bf16").code == 0
+    assert (
+        scmulan(*command, "-o", "three.h5ad", "--draft", "auto", "--batch-size", "auto", "--precision", "bf16").code
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""annotate, embed and generate: what they write, print and leave alone."""
+"""annotate, embed and generate: what they write, print and leave as it is."""
 
 import os
 
@@ -29,8 +29,8 @@ def test_annotate_writes_what_the_api_gives(scmulan, folder, cells, tiny):
     table = pd.read_csv("types.csv", index_col="cell")
     assert list(table.index) == list(found.obs_names)
     assert list(table["scmulan_cell_type"]) == list(found.obs["scmulan_cell_type"])
-    for word in ("40 cells", "300 of 300 vocabulary genes", "X: counts", "uncertain", "out.h5ad, types.csv"):
-        assert word in run.out
+    for text in ("40 cells", "300 of 300 vocabulary genes", "X: counts", "uncertain", "out.h5ad, types.csv"):
+        assert text in run.out
 
 
 def test_annotate_as_json(scmulan, folder, cells, tiny):
@@ -80,7 +80,7 @@ def test_the_release_rule_gives_no_probability(scmulan, folder, cells, tiny):
     assert ad.read_h5ad("out.h5ad").obs["scmulan_cell_type_probability"].isna().all()
 
 
-def test_layer_and_state_can_be_said(scmulan, folder, tiny, make_cells):
+def test_layer_and_kind_of_matrix_can_be_given(scmulan, folder, tiny, make_cells):
     adata = make_cells()
     adata.layers["mine"] = adata.X.copy()
     adata.layers["mine"].data[:] = np.log1p(adata.layers["mine"].data)
@@ -139,18 +139,18 @@ def test_few_genes_are_a_warning_in_one_line(scmulan, folder, tiny, make_cells):
     assert "100 needed" in error
 
 
-def test_generate_writes_cells(scmulan, folder, tiny):
-    ask = ("generate", "--set", "organ=Blood", "--set", "cell_type=B cell", "-n", 6, "--model", tiny)
-    run = scmulan(*ask, "-o", "one.h5ad")
+def test_generate_writes_new_cells(scmulan, folder, tiny):
+    command = ("generate", "--set", "organ=Blood", "--set", "cell_type=B cell", "-n", 6, "--model", tiny)
+    run = scmulan(*command, "-o", "one.h5ad")
     assert run.code == 0
     assert not run.err
-    assert "asked for   organ Blood, fine type B cell" in run.out
-    assert scmulan(*ask, "-o", "two.h5ad").code == 0
+    assert "requested   organ Blood, fine type B cell" in run.out
+    assert scmulan(*command, "-o", "two.h5ad").code == 0
     one, two = ad.read_h5ad("one.h5ad"), ad.read_h5ad("two.h5ad")
     assert one.shape == (6, 300)
     assert (one.X != two.X).nnz == 0
     assert set(one.obs["prompt_fine_type"]) == {"B cell"}
-    other = scmulan(*ask, "-o", "three.h5ad", "--seed", 1, "--json").json
+    other = scmulan(*command, "-o", "three.h5ad", "--seed", 1, "--json").json
     assert (ad.read_h5ad("three.h5ad").X != one.X).nnz
     assert other["prompt"] == {"organ": "Blood", "fine_type": "B cell"}
     assert other["parameters"]["seed"] == 1

@@ -16,6 +16,7 @@ from scmulan.evaluate import evaluate_annotation
 from scmulan.evaluate.annotation import BASELINE, MODEL, POOLED, SMOOTHED
 from scmulan.evaluate.labels import canonical, lineage_of
 from scmulan.tl._annotate import annotate_cells
+from scmulan.tl._blockwise import ReadOptions
 from scmulan.tl._smooth import smooth_types
 from scmulan.vocab.genes import CoverageWarning
 from scmulan.vocab.ontology import Ontology
@@ -129,7 +130,7 @@ def test_the_release_s_rule_has_no_probabilities(model, cells):
 
 def test_smoothed_types_are_scored_beside_the_predicted_ones(model, cells):
     adata, keep, truth = read_labelled(cells["tested"])
-    found = annotate_cells(adata, model, precision="fp32", keep_hidden=True)
+    found = annotate_cells(adata, model, reading=ReadOptions(precision="fp32"), keep_hidden=True)
     smoothed = smooth_types(found.obs["scmulan_cell_type"], found.hidden.load())[keep]
     predicted = np.array([canonical(p) for p in smoothed["scmulan_cell_type_smoothed"].astype(str)], dtype=object)
     right = np.array([Ontology.load().agrees(p, t) for p, t in zip(predicted, truth, strict=True)])

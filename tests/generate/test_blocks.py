@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scmulan.generate.blocks import generate_in_blocks, shift_to
+from scmulan.generate.blocks import BlockConfig, decode_in_blocks, solve_shift
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
@@ -28,53 +28,55 @@ def prompt(model):
     return np.array([model.vocabulary.id(Family.ORGAN, "Blood"), model.vocabulary.prompts["generate"]])
 
 
-def chances(model):
+def decode(model, n, *, seed, genes=None, **config):
+    return decode_in_blocks(model, prompt(model), n, config=BlockConfig(**config), seed=seed, genes=genes)
+
+
+def probabilities(model):
     entity = torch.from_numpy(prompt(model))[None]
     with torch.inference_mode():
         logits = model.network.entity_logits(model.network(entity, torch.zeros_like(entity))[0, -1])
     return logits.sigmoid()[model.vocabulary.ids(Family.GENE)].numpy()
 
 
-def said(model, cells):
+def drawn_genes(model, cells):
     genes = [model.vocabulary.gene_index[cells[i][0][2:-1]] for i in range(len(cells))]
     return np.stack([np.bincount(g, minlength=40) for g in genes])
 
 
-def test_cells_say_genes_once_and_end(model):
-    cells = generate_in_blocks(model, prompt(model), 9, seed=0, blocks=4, spread=0.3)
+def test_cells_hold_each_gene_once_and_end(model):
+    cells = decode(model, 9, seed=0, blocks=4, depth_spread=0.3)
     for i in range(9):
         entity, value = cells[i]
         assert entity[-1] == model.vocabulary.end and value[-1] == 0
         assert model.vocabulary.is_gene[entity[2:-1]].all() and (value[2:-1] >= 1).all() and (value[2:-1] <= 10).all()
-    assert said(model, cells).max() == 1
+    assert drawn_genes(model, cells).max() == 1
 
 
-def test_one_block_says_each_gene_with_its_chance(model):
+def test_one_block_draws_each_gene_with_its_probability(model):
     n = 1500
-    cells = said(model, generate_in_blocks(model, prompt(model), n, seed=1, blocks=1, batch=500))
-    expected = chances(model)
+    cells = drawn_genes(model, decode(model, n, seed=1, blocks=1, batch_size=500))
+    expected = probabilities(model)
     assert np.abs(cells.mean(0) - expected).max() < 5 * np.sqrt(0.25 / n)
 
 
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_number_of_genes_is_what_was_expected_times_the_factor(model, blocks):
     for factor in (0.5, 1.2):
-        cells = said(
-            model, generate_in_blocks(model, prompt(model), 300, seed=2, blocks=blocks, factor=factor, batch=300)
-        )
-        assert cells.sum(1).mean() == pytest.approx(factor * chances(model).sum(), rel=0.05)
+        cells = drawn_genes(model, decode(model, 300, seed=2, blocks=blocks, depth_factor=factor, batch_size=300))
+        assert cells.sum(1).mean() == pytest.approx(factor * probabilities(model).sum(), rel=0.05)
 
 
 def test_same_seed_same_cells_whatever_the_batch(model):
-    whole = generate_in_blocks(model, prompt(model), 6, seed=3, blocks=3, spread=0.4, batch=6)
-    split = generate_in_blocks(model, prompt(model), 4, seed=3, blocks=3, spread=0.4, batch=3)
+    whole = decode(model, 6, seed=3, blocks=3, depth_spread=0.4, batch_size=6)
+    split = decode(model, 4, seed=3, blocks=3, depth_spread=0.4, batch_size=3)
     for i in range(4):
         assert np.array_equal(whole[i][0], split[i][0]) and np.array_equal(whole[i][1], split[i][1])
 
 
-def test_later_blocks_read_what_earlier_ones_said(model):
+def test_later_blocks_read_what_earlier_ones_drew(model):
     """The odds of the second block are those of the network on the whole sentence so far, without a cache."""
-    cells = generate_in_blocks(model, prompt(model), 1, seed=4, blocks=2)
+    cells = decode(model, 1, seed=4, blocks=2)
     seen = []
     network = model.network
     whole = network.forward
@@ -87,22 +89,22 @@ def test_later_blocks_read_what_earlier_ones_said(model):
 
     network.forward = spy
     try:
-        again = generate_in_blocks(model, prompt(model), 1, seed=4, blocks=2)
+        again = decode(model, 1, seed=4, blocks=2)
     finally:
         network.forward = whole
     assert np.array_equal(again[0][0], cells[0][0]) and len(seen) == 2
-    words, values, hidden = seen[0]
-    entity = torch.tensor([[*prompt(model).tolist(), *words]])
+    tokens, values, hidden = seen[0]
+    entity = torch.tensor([[*prompt(model).tolist(), *tokens]])
     value = torch.tensor([[0, 0, *values]])
     with torch.inference_mode():
         assert torch.allclose(network(entity, value)[0, -1], hidden, atol=1e-5)
 
 
-def test_panel_and_most_words_are_kept(model):
+def test_panel_and_largest_number_of_genes_are_kept(model):
     panel = np.zeros(len(model.vocabulary), dtype=bool)
     panel[model.vocabulary.ids(Family.GENE)[:15]] = True
-    cells = generate_in_blocks(model, prompt(model), 20, seed=5, blocks=3, genes=panel, factor=3.0, max_words=10)
-    counts = said(model, cells)
+    cells = decode(model, 20, seed=5, blocks=3, genes=panel, depth_factor=3.0, max_tokens=10)
+    counts = drawn_genes(model, cells)
     assert counts[:, 15:].sum() == 0 and counts.sum(1).max() <= 10
 
 
@@ -110,5 +112,5 @@ def test_shift_reaches_the_number_wanted():
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     logits[:, :4] = -torch.inf
     wanted = torch.tensor([1.0, 5.0, 13.0, 20.0, 25.0])
-    found = (logits + shift_to(logits, wanted)[:, None]).sigmoid().sum(1)
+    found = (logits + solve_shift(logits, wanted)[:, None]).sigmoid().sum(1)
     assert torch.allclose(found, wanted, atol=1e-3)

@@ -1,11 +1,11 @@
-"""The compiled race, the one of any device, and the race of every word against every other."""
+"""Gumbel-max sampling by the compiled loop and on any device, and the noise behind it."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 
-from scmulan.generate.noise import VISITS, NoiseBuffer, exponentials
+from scmulan.generate.noise import N_CANDIDATES, NoiseBuffer, exponentials
 from scmulan.generate.sampling import GumbelSampler
 from scmulan.model.network import Mulan, MulanConfig
 
@@ -23,86 +23,86 @@ def network():
     return network
 
 
-def chance(rows=B, *, listed=True, end=END, ring=32):
-    made = NoiseBuffer(
-        rows, GENES, end, levels=10, vocabulary=V, listed=listed, ring=ring, device=torch.device("cpu")
+def noise_of(rows=B, *, lazy=True, end=END):
+    buffer = NoiseBuffer(
+        rows, GENES, end, levels=10, vocabulary=V, lazy=lazy, capacity=32, device=torch.device("cpu")
     )  # fmt: skip
     for row in range(rows):
-        made.seat(row, 3, row)
-    made.provide(np.zeros(rows, dtype=np.int64), 16)
-    return made
+        buffer.start(row, 3, row)
+    buffer.fill(np.zeros(rows, dtype=np.int64), 16)
+    return buffer
 
 
-def scene():
+def inputs():
     generator = torch.Generator().manual_seed(1)
-    states = torch.randn(B, J, 8, generator=generator)
-    said = torch.rand(B, V, generator=generator) < 0.3
-    said[:, END] = False
-    said[:, np.setdiff1d(np.arange(1, V), GENES)] = True
-    before = torch.randint(3, 45, (B, J + 1), generator=generator)
-    return states, said, before
+    hidden = torch.randn(B, J, 8, generator=generator)
+    excluded = torch.rand(B, V, generator=generator) < 0.3
+    excluded[:, END] = False
+    excluded[:, np.setdiff1d(np.arange(1, V), GENES)] = True
+    drafted = torch.randint(3, 45, (B, J + 1), generator=generator)
+    return hidden, excluded, drafted
 
 
 @pytest.mark.parametrize("rule", ["softmax", "set"])
-@pytest.mark.parametrize("known", [0, 1])
-def test_both_ways_of_running_a_listed_race_agree(network, rule, known):
-    race = GumbelSampler(network, rule, 1.0, genes=GENES, end=END)
-    states, said, before = scene()
+@pytest.mark.parametrize("n_drafted", [0, 1])
+def test_the_compiled_loop_samples_what_any_device_samples(network, rule, n_drafted):
+    sampler = GumbelSampler(network, rule, 1.0, genes=GENES, end=END)
+    hidden, excluded, drafted = inputs()
     if rule == "set":
-        said[:, END] = True
-    draws = chance(end=None if rule == "set" else END).at(torch.zeros(B, dtype=torch.int64), 0, J)
-    assert race.compiled
-    found, closed = race.winners(states, draws, said, before, known)
-    race.compiled = False
-    other, other_closed = race.winners(states, draws, said, before, known)
-    assert (closed == other_closed).all() and closed.float().mean() > 0.9
-    assert (found == other)[closed].all()
+        excluded[:, END] = True
+    noise = noise_of(end=None if rule == "set" else END).read(torch.zeros(B, dtype=torch.int64), 0, J)
+    assert sampler.compiled
+    token, decided = sampler.sample(hidden, noise, excluded, drafted, n_drafted)
+    sampler.compiled = False
+    other, other_decided = sampler.sample(hidden, noise, excluded, drafted, n_drafted)
+    assert (decided == other_decided).all() and decided.float().mean() > 0.9
+    assert (token == other)[decided].all()
     for b in range(B):
         for j in range(J):
-            if closed[b, j]:
-                assert not said[b, found[b, j]] and found[b, j] not in before[b, : known + j]
-    assert (rule == "set") == (END not in found)
+            if decided[b, j]:
+                assert not excluded[b, token[b, j]] and token[b, j] not in drafted[b, : n_drafted + j]
+    assert (rule == "set") == (END not in token)
 
 
-def test_guesses_are_the_winners_if_weights_stay(network):
-    race = GumbelSampler(network, "softmax", 1.0, genes=GENES, end=END)
-    states, said, _ = scene()
-    draws = chance().at(torch.zeros(B, dtype=torch.int64), 1, J)
-    first = torch.where(said[:, 3:45], 0.0, 1.0).argmax(1) + 3
-    found = race.guesses(states[:, 0], draws, said, first)
-    assert (found[:, 0] == first).all()
-    same = states[:, :1].expand(-1, J, -1)
-    assert torch.equal(found[:, 1:2], race.winners(same, draws, said, first[:, None], 1)[0][:, :1])
+def test_drafts_are_the_samples_if_weights_stay(network):
+    sampler = GumbelSampler(network, "softmax", 1.0, genes=GENES, end=END)
+    hidden, excluded, _ = inputs()
+    noise = noise_of().read(torch.zeros(B, dtype=torch.int64), 1, J)
+    first = torch.where(excluded[:, 3:45], 0.0, 1.0).argmax(1) + 3
+    token = sampler.draft(hidden[:, 0], noise, excluded, first)
+    assert (token[:, 0] == first).all()
+    same = hidden[:, :1].expand(-1, J, -1)
+    assert torch.equal(token[:, 1:2], sampler.sample(same, noise, excluded, first[:, None], 1)[0][:, :1])
 
 
-@pytest.mark.parametrize("listed", [True, False])
-def test_numbers_depend_on_the_place_only(listed):
-    far, near = chance(3, listed=listed), chance(3, listed=listed)
+@pytest.mark.parametrize("lazy", [True, False])
+def test_noise_depends_on_the_position_only(lazy):
+    far, near = noise_of(3, lazy=lazy), noise_of(3, lazy=lazy)
     count = torch.tensor([0, 7, 20])
-    far.provide(count.numpy(), 12)
+    far.fill(count.numpy(), 12)
     for upto in range(1, 13):
-        near.provide(np.minimum(count.numpy(), upto), 1)
-    near.provide(count.numpy(), 12)
-    a, b = far.at(count, 2, 4), near.at(count, 2, 4)
-    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("words", "times", "horizon", "values"))
-    near.select(np.array([2, 0]))
-    c = near.at(count[[2, 0]], 2, 4)
+        near.fill(np.minimum(count.numpy(), upto), 1)
+    near.fill(count.numpy(), 12)
+    a, b = far.read(count, 2, 4), near.read(count, 2, 4)
+    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("candidates", "times", "horizon", "values"))
+    near.keep_rows(np.array([2, 0]))
+    c = near.read(count[[2, 0]], 2, 4)
     assert torch.equal(c.times, a.times[[2, 0]]) and torch.equal(c.values, a.values[[2, 0]])
 
 
-def test_visits_come_in_order_and_at_the_rate_of_the_genes():
-    draws = chance(400).at(torch.zeros(400, dtype=torch.int64), 0, 16)
-    visits = draws.times[..., :VISITS]
-    assert (visits.diff(dim=-1) >= 0).all() and torch.equal(draws.horizon, visits[..., -1])
-    assert float(draws.horizon.mean()) == pytest.approx(VISITS / len(GENES), rel=0.02)
-    assert (draws.words[..., -1] == END).all() and float(draws.times[..., -1].mean()) == pytest.approx(1, rel=0.05)
-    counts = np.bincount(draws.words[..., :VISITS].flatten(), minlength=V)
+def test_candidates_come_in_order_and_at_the_rate_of_the_genes():
+    noise = noise_of(400).read(torch.zeros(400, dtype=torch.int64), 0, 16)
+    times = noise.times[..., :N_CANDIDATES]
+    assert (times.diff(dim=-1) >= 0).all() and torch.equal(noise.horizon, times[..., -1])
+    assert float(noise.horizon.mean()) == pytest.approx(N_CANDIDATES / len(GENES), rel=0.02)
+    assert (noise.candidates[..., -1] == END).all() and float(noise.times[..., -1].mean()) == pytest.approx(1, rel=0.05)
+    counts = np.bincount(noise.candidates[..., :N_CANDIDATES].flatten(), minlength=V)
     assert counts[GENES].min() > 0.9 * counts[GENES].mean() and counts.sum() == counts[GENES].sum()
-    assert float(draws.values.mean()) == pytest.approx(np.euler_gamma, abs=0.05)
+    assert float(noise.values.mean()) == pytest.approx(np.euler_gamma, abs=0.05)
 
 
 def test_small_times_are_told_apart():
-    """What decides about words of little weight: the smallest of many times, which must neither be zero nor coarse."""
+    """What decides about tokens of little weight: the smallest of many times, which must neither be zero nor coarse."""
     drawn = exponentials(np.random.default_rng(0), (4_000_000,))
     assert kstest(drawn[:100_000], "expon").pvalue > 1e-3
     small = drawn[drawn < 1e-4]

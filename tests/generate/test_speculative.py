@@ -1,4 +1,4 @@
-"""Drafted words are kept exactly as often as writing word by word would have said them."""
+"""Drafted tokens are kept exactly as often as decoding token by token would have drawn them."""
 
 import itertools
 from types import SimpleNamespace
@@ -8,11 +8,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from scmulan.generate import decoding, speculative
-from scmulan.generate import noise as noise_module
 from scmulan.generate.decoding import CellDecoder, DecodingConfig
+from scmulan.generate.noise import N_CANDIDATES, NoiseBuffer
 from scmulan.generate.sampling import GumbelSampler
-from scmulan.generate.speculative import MOST, DraftLength, DraftModel, expected_words
+from scmulan.generate.speculative import MAX_DRAFT_LENGTH, DraftLength, DraftModel, expected_tokens
 from scmulan.model.network import Mulan, MulanConfig
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
@@ -21,7 +20,7 @@ N = 5000
 
 
 def tiny(*, bounded, seed=0, genes=GENES, levels=LEVELS, width=8):
-    """Random model, small enough to list all it can say, whose next word depends much on the words before."""
+    """Random model, small enough to list all its sentences, whose next token depends much on the tokens before."""
     vocabulary = Vocabulary.build([f"G{i}" for i in range(genes)], {})
     config = MulanConfig(
         vocabulary=len(vocabulary),
@@ -50,267 +49,273 @@ def prompt(model):
 
 
 def weights(model, rule, logits):
-    """Chance of each word, by the definition of the rule, of words that have not been said."""
+    """Weight of each token, by the definition of the rule."""
     v = model.vocabulary
-    words = [*v.ids(Family.GENE).tolist(), *([] if rule == "set" else [v.end])]
+    tokens = [*v.ids(Family.GENE).tolist(), *([] if rule == "set" else [v.end])]
     bounded = rule == "set" or model.config.bounded_genes
-    return {w: float(logits[w].sigmoid() if bounded and w != v.end else logits[w].exp()) for w in words}
+    return {t: float(logits[t].sigmoid() if bounded and t != v.end else logits[t].exp()) for t in tokens}
 
 
 @torch.inference_mode()
-def chances(model, rule):
-    """Probability of every whole sentence of (word, value) pairs by the chain rule, without cache and sampling."""
+def sentence_probabilities(model, rule):
+    """Probability of every whole sentence of (token, value) pairs by the chain rule, without cache and sampling."""
     network, end = model.network, model.vocabulary.end
     genes = model.vocabulary.ids(Family.GENE).tolist()
-    ask = prompt(model).tolist()
+    start = prompt(model).tolist()
 
-    def state(said):
-        entity, value = [*ask, *(w for w, _ in said)], [0] * len(ask) + [v for _, v in said]
+    def hidden_after(pairs):
+        entity, value = [*start, *(t for t, _ in pairs)], [0] * len(start) + [v for _, v in pairs]
         return network(torch.tensor([entity]), torch.tensor([value]))[0, -1]
 
     if rule == "set":
         number = {0: 1.0}
-        for w in genes:
-            chance_of = float(network.entity_logits(state(()))[w].sigmoid())
-            number = {
-                n: number.get(n, 0.0) * (1 - chance_of) + number.get(n - 1, 0.0) * chance_of
-                for n in range(len(genes) + 1)
-            }
+        for t in genes:
+            p = float(network.entity_logits(hidden_after(()))[t].sigmoid())
+            number = {n: number.get(n, 0.0) * (1 - p) + number.get(n - 1, 0.0) * p for n in range(len(genes) + 1)}
         number[1] += number.pop(0)
         ends = {n: number[n] / sum(p for m, p in number.items() if m >= n) for n in number}
     out = {}
-    line = [((), 1.0)]
-    while line:
-        said, chance_of = line.pop()
-        hidden = state(said)
-        if rule == "set" and said:
-            out[said] = chance_of * ends[len(said)]
-            chance_of *= 1 - ends[len(said)]
+    queue = [((), 1.0)]
+    while queue:
+        pairs, probability = queue.pop()
+        hidden = hidden_after(pairs)
+        if rule == "set" and pairs:
+            out[pairs] = probability * ends[len(pairs)]
+            probability *= 1 - ends[len(pairs)]
         weight = weights(model, rule, network.entity_logits(hidden))
-        weight = {w: x for w, x in weight.items() if w not in [a for a, _ in said]}
-        for w, x in weight.items():
-            next_chance = chance_of * x / sum(weight.values())
-            if w == end:
-                out[said] = next_chance
+        weight = {t: w for t, w in weight.items() if t not in [other for other, _ in pairs]}
+        for t, w in weight.items():
+            next_probability = probability * w / sum(weight.values())
+            if t == end:
+                out[pairs] = next_probability
                 continue
-            levels = network.level_log_probs(network.value_mean(hidden)[w], torch.tensor(w)).exp()
-            line += [((*said, (w, i + 1)), next_chance * float(p)) for i, p in enumerate(levels)]
+            levels = network.level_log_probs(network.value_mean(hidden)[t], torch.tensor(t)).exp()
+            queue += [((*pairs, (t, i + 1)), next_probability * float(p)) for i, p in enumerate(levels)]
     assert sum(out.values()) == pytest.approx(1, abs=1e-4)
     return out
 
 
-def surprise(model, rule, draft, n, seed, **settings):
-    """p-value of the sentences written against their exact chances, all outcomes counted."""
-    config = DecodingConfig(rule=rule, draft=draft, batch=1500, **settings)
-    cells = CellDecoder(model, config).write([prompt(model)], [(0, i) for i in range(n)], seed=seed)
+def p_value(model, rule, draft, n, seed, *, decoder_type=CellDecoder, draft_model=None, **options):
+    """p-value of decoded sentences against their exact probabilities, all outcomes counted."""
+    decoder = decoder_type(model, DecodingConfig(rule=rule, draft=draft, batch_size=1500), **options)
+    if draft_model is not None:
+        decoder.draft_model = draft_model(model.network)
+    cells = decoder.decode([prompt(model)], [(0, i) for i in range(n)], seed=seed)
     seen = {}
     for i in range(n):
         entity, value = cells[i]
-        said = tuple(zip(entity[1:].tolist(), value[1:].tolist(), strict=True))
-        seen[said] = seen.get(said, 0) + 1
-    expected = {(*said, (model.vocabulary.end, 0)): p for said, p in chances(model, rule).items()}
-    if not set(seen) <= set(expected):
+        pairs = tuple(zip(entity[1:].tolist(), value[1:].tolist(), strict=True))
+        seen[pairs] = seen.get(pairs, 0) + 1
+    probabilities = sentence_probabilities(model, rule)
+    probabilities = {(*pairs, (model.vocabulary.end, 0)): p for pairs, p in probabilities.items()}
+    if not set(seen) <= set(probabilities):
         return 0.0
-    likely = [s for s, p in expected.items() if p * n >= 5]
-    observed = [seen.get(s, 0) for s in likely]
-    wanted = [expected[s] * n for s in likely]
-    rest = n - sum(wanted)
+    likely = [pairs for pairs, p in probabilities.items() if p * n >= 5]
+    observed = [seen.get(pairs, 0) for pairs in likely]
+    expected = [probabilities[pairs] * n for pairs in likely]
+    rest = n - sum(expected)
     if rest > 5:
-        observed, wanted = [*observed, n - sum(observed)], [*wanted, rest]
-    wanted = np.array(wanted) * sum(observed) / sum(wanted)
-    assert len(wanted) > 25
-    return chisquare(observed, wanted).pvalue
+        observed, expected = [*observed, n - sum(observed)], [*expected, rest]
+    expected = np.array(expected) * sum(observed) / sum(expected)
+    assert len(expected) > 25
+    return chisquare(observed, expected).pvalue
 
 
 CASES = [("softmax", True, 1), ("softmax", True, 3), ("softmax", True, 8), ("softmax", False, 8), ("set", False, 3)]
 
 
 @pytest.mark.parametrize(("rule", "bounded", "draft"), CASES)
-def test_whole_sentences_come_with_their_exact_chances(rule, bounded, draft):
-    """Eight words are more than there are, end word included: drafts run past the last word."""
-    assert surprise(tiny(bounded=bounded), rule, draft, N, seed=draft) > 1e-3
+def test_whole_sentences_come_with_their_exact_probabilities(rule, bounded, draft):
+    """Eight tokens are more than there are, end token included: drafts run past the last token."""
+    assert p_value(tiny(bounded=bounded), rule, draft, N, seed=draft) > 1e-3
 
 
 @pytest.mark.parametrize("rule", ["softmax", "set"])
-def test_races_that_their_list_leaves_open_are_run_to_the_end(monkeypatch, rule):
-    monkeypatch.setattr(noise_module, "VISITS", 2)
-    assert surprise(tiny(bounded=True), rule, 3, N, seed=21) > 1e-3
+def test_tokens_that_their_candidates_leave_undecided_are_finished(rule):
+    assert p_value(tiny(bounded=True), rule, 3, N, seed=21, n_candidates=2) > 1e-3
 
 
-def test_hidden_passes_pause_and_go_on(monkeypatch):
-    """As on a device that is not waited for: several passes between looks, rows with an open race pause."""
-    monkeypatch.setattr(noise_module, "VISITS", 2)
-    original = CellDecoder._passes
-    monkeypatch.setattr(CellDecoder, "_passes", lambda self, places, number: original(self, places, 4))
-    assert surprise(tiny(bounded=True), "softmax", 2, N, seed=22) > 1e-3
+def test_undecided_rows_pause_between_checks_and_continue():
+    """As on a device that the host does not wait for: several passes between two looks."""
+    assert p_value(tiny(bounded=True), "softmax", 2, N, seed=22, n_candidates=2, passes_per_check=4) > 1e-3
 
 
-WRONG = {
-    "anything is right": lambda word, value, true_word, true_value: torch.ones_like(word, dtype=torch.bool),
-    "values do not matter": lambda word, value, true_word, true_value: word == true_word,
-    "words do not matter": lambda word, value, true_word, true_value: value == true_value,
-}
+class AnythingIsRight(CellDecoder):
+    @staticmethod
+    def accepts(token, value, true_token, true_value):
+        return torch.ones_like(token, dtype=torch.bool)
 
 
-def lowest_values(self, race, draws, said, mean, mean_input, word, value, *, values_drawn, guess=DraftModel.guess):
-    words, values = guess(self, race, draws, said, mean, mean_input, word, value, values_drawn=values_drawn)
-    values[:, 1:] = words[:, 1:] != race.end
-    return words, values
+class ValuesDoNotMatter(CellDecoder):
+    @staticmethod
+    def accepts(token, value, true_token, true_value):
+        return token == true_token
 
 
-def words_in_order(self, race, draws, said, mean, mean_input, word, value, *, values_drawn):
-    """The first word, then the others in the order of the vocabulary, the end word last."""
-    others = [[w for w in (1, 2, 3, 4, 0) if w != first] for first in word.tolist()]
-    words = torch.cat((word[:, None], torch.tensor(others)[:, : draws.words.shape[1]]), 1)
-    return words, self.values(mean, mean_input, words, value, draws.values, race.end)
+class TokensDoNotMatter(CellDecoder):
+    @staticmethod
+    def accepts(token, value, true_token, true_value):
+        return value == true_value
 
 
-POOR = {"words": words_in_order, "values": lowest_values}
+class LowestValues(DraftModel):
+    def draft(self, sampler, *args, **options):
+        tokens, values = super().draft(sampler, *args, **options)
+        values[:, 1:] = tokens[:, 1:] != sampler.end
+        return tokens, values
 
 
-@pytest.mark.parametrize("poor", list(POOR))
-def test_what_is_kept_is_exact_however_poor_the_guesses(monkeypatch, poor):
-    monkeypatch.setattr(DraftModel, "guess", POOR[poor])
-    assert surprise(tiny(bounded=True), "softmax", 4, N, seed=2) > 1e-3
+class TokensInOrder(DraftModel):
+    """The first token, then the others in the order of the vocabulary, the end token last."""
+
+    def draft(self, sampler, noise, excluded, mean, mean_input, token, value, *, sample_values):
+        others = [[t for t in (1, 2, 3, 4, 0) if t != first] for first in token.tolist()]
+        tokens = torch.cat((token[:, None], torch.tensor(others)[:, : noise.candidates.shape[1]]), 1)
+        return tokens, self.draft_values(mean, mean_input, tokens, value, noise.values, sampler.end)
+
+
+@pytest.mark.parametrize("poor", [TokensInOrder, LowestValues])
+def test_what_is_kept_is_exact_however_poor_the_drafts(poor):
+    assert p_value(tiny(bounded=True), "softmax", 4, N, seed=2, draft_model=poor) > 1e-3
 
 
 @pytest.mark.parametrize(
     ("wrong", "poor"),
-    [("anything is right", "words"), ("values do not matter", "values"), ("words do not matter", "words")],
+    [(AnythingIsRight, TokensInOrder), (ValuesDoNotMatter, LowestValues), (TokensDoNotMatter, TokensInOrder)],
 )
-def test_a_wrong_rule_of_acceptance_is_found_out(monkeypatch, wrong, poor):
-    monkeypatch.setattr(DraftModel, "guess", POOR[poor])
-    monkeypatch.setattr(decoding, "agrees", WRONG[wrong])
-    assert surprise(tiny(bounded=True), "softmax", 4, N, seed=2) < 1e-6
+def test_a_wrong_rule_of_acceptance_is_found_out(wrong, poor):
+    assert p_value(tiny(bounded=True), "softmax", 4, N, seed=2, decoder_type=wrong, draft_model=poor) < 1e-6
 
 
 @pytest.fixture(scope="module")
 def wide():
-    """Model of 60 genes, whose outlook learns while it writes."""
+    """Model of 60 genes, whose draft model learns while it decodes."""
     return tiny(bounded=True, genes=60, levels=10, width=16)
 
 
-def written(model, draft, n=20, **settings):
-    writer = CellDecoder(model, DecodingConfig(draft=draft, **settings))
-    cells = writer.write([prompt(model)], [(0, i) for i in range(n)], seed=4)
-    return [(cells[i][0].tolist(), cells[i][1].tolist()) for i in range(n)], writer.tally
+def decode(model, draft, n=20, **settings):
+    decoder = CellDecoder(model, DecodingConfig(draft=draft, **settings))
+    cells = decoder.decode([prompt(model)], [(0, i) for i in range(n)], seed=4)
+    return [(cells[i][0].tolist(), cells[i][1].tolist()) for i in range(n)], decoder.stats
 
 
 @pytest.mark.parametrize("rule", ["softmax", "set", "release"])
-def test_cells_do_not_depend_on_the_number_drafted(wide, rule):
-    alone, tally = written(wide, 1, rule=rule)
-    assert tally.words_per_pass == 1
+def test_cells_do_not_depend_on_the_draft_length(wide, rule):
+    one_by_one, stats = decode(wide, 1, rule=rule)
+    assert stats.tokens_per_pass == 1
     for draft in (2, 5, 32, None):
-        cells, tally = written(wide, draft, rule=rule)
-        assert cells == alone
-        assert tally.words == sum(len(entity) - 1 - (rule == "set") for entity, _ in cells)
-        assert tally.words_per_pass > 1.2
+        cells, stats = decode(wide, draft, rule=rule)
+        assert cells == one_by_one
+        assert stats.tokens == sum(len(entity) - 1 - (rule == "set") for entity, _ in cells)
+        assert stats.tokens_per_pass > 1.2
 
 
 @pytest.mark.parametrize(("rule", "temperature"), [("softmax", 0.5), ("softmax", 1e-6), ("set", 1e-6)])
 @torch.inference_mode()
 def test_temperature(wide, rule, temperature):
-    cells, _ = written(wide, 6, n=4, rule=rule, temperature=temperature, sample_values=False)
-    assert cells == written(wide, 1, n=4, rule=rule, temperature=temperature, sample_values=False)[0]
+    cells, _ = decode(wide, 6, n=4, rule=rule, temperature=temperature, sample_values=False)
+    assert cells == decode(wide, 1, n=4, rule=rule, temperature=temperature, sample_values=False)[0]
     if temperature > 0.1:
         return
     v = wide.vocabulary
-    for entity, value in cells:  # greedy: the likeliest word every time, with its mean value
+    for entity, value in cells:  # greedy: the most probable token every time, with its mean value
         for t in range(1, len(entity) - (rule == "set")):
             hidden = wide.network(torch.tensor([entity[:t]]), torch.tensor([value[:t]]))[0, -1]
             weight = weights(wide, rule, wide.network.entity_logits(hidden))
-            word = max((w for w in weight if w not in entity[:t]), key=weight.__getitem__)
-            assert entity[t] == word
-            level = 0 if word == v.end else int(wide.network.value_mean(hidden)[word].round().clamp(0, 10))
+            token = max((other for other in weight if other not in entity[:t]), key=weight.__getitem__)
+            assert entity[t] == token
+            level = 0 if token == v.end else int(wide.network.value_mean(hidden)[token].round().clamp(0, 10))
             assert value[t] == level
 
 
 @pytest.fixture
-def taught(wide, monkeypatch):
-    """Outlook that has seen states which are a mean plus a linear image of the input, as it supposes."""
-    monkeypatch.setattr(speculative, "RIDGE", 1e-6)
-    outlook = DraftModel(wide.network)
+def fitted(wide):
+    """Draft model fitted to hidden states that are a mean plus a linear image of the input, as it supposes."""
+    draft_model = DraftModel(wide.network, ridge=1e-6)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(16, 16, generator=generator)
-    word = torch.randint(1, 61, (2000,), generator=generator)
+    token = torch.randint(1, 61, (2000,), generator=generator)
     value = torch.randint(1, 11, (2000,), generator=generator)
     with torch.inference_mode():
-        inputs = outlook.inputs(word, value)
+        inputs = draft_model.inputs(token, value)
         mean_input = inputs.mean(0)
-        outlook.learn((inputs - mean_input) @ matrix, inputs - mean_input, words=1000)
-    return outlook, matrix, mean_input
+        draft_model.update((inputs - mean_input) @ matrix, inputs - mean_input, n_tokens=1000)
+    return draft_model, matrix, mean_input
 
 
 @torch.inference_mode()
-def test_values_are_foreseen_from_the_word_before(taught, wide):
-    outlook, matrix, mean_input = taught
+def test_values_are_predicted_from_the_token_before(fitted, wide):
+    draft_model, matrix, mean_input = fitted
     network = wide.network
     mean = torch.randn(1, 16, generator=torch.Generator().manual_seed(1))
-    drafted = torch.tensor([[7, 9, 11, 13, 15]])
+    tokens, first = torch.tensor([[7, 9, 11, 13, 15]]), torch.tensor([3])
     noise = torch.randn(1, 4, 10, generator=torch.Generator().manual_seed(2))
-    found = outlook.values(mean, mean_input[None], drafted, torch.tensor([3]), noise, end=0)
+    values = draft_model.draft_values(mean, mean_input[None], tokens, first, noise, end=0)[0].tolist()
     expected = [3]
     for j in range(4):
-        state = mean + (outlook.inputs(drafted[:, j], torch.tensor(expected[-1:])) - mean_input) @ matrix
-        mean_value = network.value_mean_of(state, drafted[:, j + 1])
-        expected.append(int((network.level_log_probs(mean_value, drafted[:, j + 1]) + noise[:, j]).argmax()) + 1)
-    assert found[0].tolist() == expected
-    outlook.effect = None
-    assert found[0].tolist() != outlook.values(mean, mean_input[None], drafted, torch.tensor([3]), noise, 0)[0].tolist()
+        hidden = mean + (draft_model.inputs(tokens[:, j], torch.tensor(expected[-1:])) - mean_input) @ matrix
+        mean_value = network.value_mean_of(hidden, tokens[:, j + 1])
+        expected.append(int((network.level_log_probs(mean_value, tokens[:, j + 1]) + noise[:, j]).argmax()) + 1)
+    assert values == expected
+    unfitted = DraftModel(network)
+    assert values != unfitted.draft_values(mean, mean_input[None], tokens, first, noise, end=0)[0].tolist()
 
 
-@pytest.mark.parametrize("values_drawn", [True, False])
+@pytest.mark.parametrize("sample_values", [True, False])
 @torch.inference_mode()
-def test_the_compiled_guess_is_what_the_foreseen_states_say(taught, wide, values_drawn):
-    outlook, matrix, mean_input = taught
-    genes, B, J = wide.vocabulary.ids(Family.GENE), 30, 6
-    race = GumbelSampler(wide.network, "softmax", 1.0, genes=genes, end=wide.vocabulary.end)
-    source = noise_module.NoiseBuffer(
-        B, genes, race.end, levels=10, vocabulary=len(wide.vocabulary), listed=True, ring=64, device=torch.device("cpu")
-    )  # fmt: skip
+def test_compiled_drafts_are_what_the_predicted_states_give(fitted, wide, sample_values):
+    draft_model, matrix, mean_input = fitted
+    genes, end, B, J = wide.vocabulary.ids(Family.GENE), wide.vocabulary.end, 30, 6
+    sampler = GumbelSampler(wide.network, "softmax", 1.0, genes=genes, end=end)
+    buffer = NoiseBuffer(
+        B, genes, end, levels=10, vocabulary=len(wide.vocabulary), lazy=True, capacity=64, device=torch.device("cpu")
+    )
     for row in range(B):
-        source.seat(row, 1, row)
-    source.provide(np.zeros(B, dtype=np.int64), 8)
-    draws = source.at(torch.zeros(B, dtype=torch.int64), 1, J)
-    said = torch.zeros(B, len(wide.vocabulary), dtype=torch.bool)
+        buffer.start(row, 1, row)
+    buffer.fill(np.zeros(B, dtype=np.int64), 8)
+    noise = buffer.read(torch.zeros(B, dtype=torch.int64), 1, J)
+    excluded = torch.zeros(B, len(wide.vocabulary), dtype=torch.bool)
     mean = torch.randn(B, 16, generator=torch.Generator().manual_seed(1))
     first, value, means = torch.arange(B) % 40 + 3, torch.arange(B) % 10 + 1, mean_input.expand(B, -1)
-    assert race.compiled
-    words, values = outlook.guess(race, draws, said, mean, means, first, value, values_drawn=values_drawn)
-    assert (words[:, 0] == first).all() and (values[:, 0] == value).all()
-    assert all(len(set(row)) == J + 1 for row in words.tolist())
-    states = mean[:, None] + (outlook.inputs(words, values)[:, :-1] - mean_input) @ matrix
-    wanted, closed = race.winners(states, draws, said, words, 1)
-    assert closed.float().mean() > 0.5 and ((words[:, 1:] == wanted)[closed]).float().mean() > 0.99
-    noise = draws.values if values_drawn else None
-    foreseen = outlook.values(mean, means, words, value, noise, race.end)
-    assert (foreseen == values).float().mean() > 0.99
+    assert sampler.compiled and noise.candidates.shape[2] == N_CANDIDATES + 1
+    tokens, values = draft_model.draft(sampler, noise, excluded, mean, means, first, value, sample_values=sample_values)
+    assert (tokens[:, 0] == first).all() and (values[:, 0] == value).all()
+    assert all(len(set(row)) == J + 1 for row in tokens.tolist())
+    hidden = mean[:, None] + (draft_model.inputs(tokens, values)[:, :-1] - mean_input) @ matrix
+    expected, decided = sampler.sample(hidden, noise, excluded, tokens, 1)
+    assert decided.float().mean() > 0.5 and ((tokens[:, 1:] == expected)[decided]).float().mean() > 0.99
+    value_noise = noise.values if sample_values else None
+    predicted = draft_model.draft_values(mean, means, tokens, value, value_noise, end)
+    assert (predicted == values).float().mean() > 0.99
 
 
-def simulate(pace, acceptance, start, slope, passes=200):
+def simulate(draft_length, acceptance, start, slope, passes=200):
     for _ in range(passes):
-        k = pace.next()
-        right = sum(acceptance**j for j in range(1, k))
-        compared = sum(acceptance ** (j - 1) for j in range(1, k))
-        pace.learn(k, start + slope * k, passes=1, rows=1, words=1 + right, compared=compared, right=right)
-    return pace.best()
+        k = draft_length.next()
+        accepted = sum(acceptance**j for j in range(1, k))
+        verified = sum(acceptance ** (j - 1) for j in range(1, k))
+        seconds = start + slope * k
+        draft_length.update(
+            k, seconds, passes=1, row_passes=1, tokens=1 + accepted, verified=verified, accepted=accepted
+        )
+    return draft_length.best()
 
 
 @pytest.mark.parametrize(("acceptance", "start", "slope"), [(0.9, 1.0, 0.1), (0.9, 0.05, 1.0), (0.97, 5.0, 0.01)])
-def test_the_pace_finds_the_number_with_most_words_per_second(acceptance, start, slope):
-    speed = {k: expected_words(acceptance, k) / (start + slope * k) for k in range(1, MOST + 1)}
+def test_the_draft_length_with_most_tokens_per_second_is_found(acceptance, start, slope):
+    speed = {k: expected_tokens(acceptance, k) / (start + slope * k) for k in range(1, MAX_DRAFT_LENGTH + 1)}
     found = simulate(DraftLength(None), acceptance, start, slope)
     assert speed[found] >= 0.97 * max(speed.values())
 
 
-def test_the_pace_follows_a_machine_that_changes():
-    pace = DraftLength(None)
-    simulate(pace, 0.95, 5.0, 0.01)
-    assert pace.best() >= 16
-    assert simulate(pace, 0.95, 0.01, 1.0) <= 2
+def test_the_draft_length_follows_a_machine_that_changes():
+    draft_length = DraftLength(None)
+    simulate(draft_length, 0.95, 5.0, 0.01)
+    assert draft_length.best() >= 16
+    assert simulate(draft_length, 0.95, 0.01, 1.0) <= 2
 
 
-def test_expected_words():
-    assert expected_words(0.5, 3) == pytest.approx(1.75)
-    assert expected_words(1.0, 8) == 8
-    assert list(itertools.accumulate([1, 0.5, 0.25]))[-1] == expected_words(0.5, 3)
+def test_expected_tokens():
+    assert expected_tokens(0.5, 3) == pytest.approx(1.75)
+    assert expected_tokens(1.0, 8) == 8
+    assert list(itertools.accumulate([1, 0.5, 0.25]))[-1] == expected_tokens(0.5, 3)

@@ -1,4 +1,4 @@
-"""What speed options of generate change: nothing but speed, except another precision."""
+"""Speed options of generate change nothing but speed, except another precision."""
 
 import os
 import socket
@@ -20,14 +20,14 @@ def same(a, b):
 
 @pytest.mark.parametrize("rule", ["exact", "release"])
 def test_cells_depend_on_neither_draft_nor_batch(random_model, rule):
-    def made(**options):
+    def generate(**options):
         return scmulan.tl.generate(random_model, {"organ": "Blood"}, n=7, rule=rule, max_words=30, **options)
 
-    cells = made(draft=1)
-    assert same(cells, made()) and same(cells, made(draft=9)) and same(cells, made(batch=2))
+    cells = generate(draft=1)
+    assert same(cells, generate()) and same(cells, generate(draft=9)) and same(cells, generate(batch_size=2))
 
 
-def test_precision_is_applied_and_told(random_model):
+def test_precision_is_applied_and_recorded(random_model):
     plain = scmulan.tl.generate(random_model, n=6, rule="exact", max_words=60)
     assert plain.uns["scmulan"]["parameters"]["generate"]["precision"] == "fp32"
     for precision in ["bf16", *(["int8"] if int8_available() else [])]:
@@ -38,7 +38,8 @@ def test_precision_is_applied_and_told(random_model):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"draft": 0}, "draft is 0"), ({"draft": 33}, "at most 32"), ({"batch": 0}, "batch is 0")]
+    ("options", "message"),
+    [({"draft": 0}, "draft is 0"), ({"draft": 33}, "at most 32"), ({"batch_size": 0}, "batch_size is 0")],
 )
 def test_refuses(random_model, options, message):
     with pytest.raises(ScmulanError, match=message):
@@ -46,10 +47,10 @@ def test_refuses(random_model, options, message):
 
 
 @pytest.mark.parametrize("rule", ["default", "exact"])
-def test_two_processes_write_the_cells_of_one(tmp_path, rule):
+def test_two_processes_generate_the_cells_of_one(tmp_path, rule):
     alone, shared = tmp_path / "alone.h5ad", tmp_path / "shared.h5ad"
-    asked = ["--set", "organ=Blood", "-n", "5", "--rule", rule, "--max-words", "40", "--draft", "4"]
-    command = [sys.executable, "-m", "scmulan", "generate", *asked, "--device", "cpu", "-o"]
+    options = ["--set", "organ=Blood", "-n", "5", "--rule", rule, "--max-words", "40", "--draft", "4"]
+    command = [sys.executable, "-m", "scmulan", "generate", *options, "--device", "cpu", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(alone)], check=True, env=environment, capture_output=True)
     with socket.socket() as free:

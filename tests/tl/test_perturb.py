@@ -11,7 +11,7 @@ import scmulan
 from scmulan._io.adata import write_h5ad
 from scmulan.cli.__main__ import main
 from scmulan.errors import InputError
-from scmulan.tl._perturb import with_levels
+from scmulan.tl._perturb import set_levels
 from scmulan.vocab.binning import GeneTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
@@ -34,17 +34,17 @@ def cells():
     st.lists(st.dictionaries(st.integers(0, 9), st.integers(1, 10)), max_size=6),
     st.dictionaries(st.integers(0, 9), st.integers(0, 10), max_size=3),
 )
-def test_words_get_their_levels_and_others_stay(cells, levels):
+def test_tokens_get_their_levels_and_others_stay(cells, levels):
     indptr = np.concatenate(([0], np.cumsum([len(c) for c in cells]))).astype(np.int64)
     gene = np.array([g for c in cells for g in sorted(c)], dtype=np.int32)
     level = np.array([c[g] for c in cells for g in sorted(c)], dtype=np.uint8)
     one = np.ones(len(cells), dtype=np.float32)
-    out = with_levels(GeneTokens(indptr, gene, level, one, one), levels)
+    out = set_levels(GeneTokens(indptr, gene, level, one, one), levels)
     for i, cell in enumerate(cells):
         part = slice(out.indptr[i], out.indptr[i + 1])
-        wanted = {g: v for g, v in {**cell, **levels}.items() if v > 0}
-        assert out.gene[part].tolist() == sorted(wanted)
-        assert out.level[part].tolist() == [wanted[g] for g in sorted(wanted)]
+        expected = {g: v for g, v in {**cell, **levels}.items() if v > 0}
+        assert out.gene[part].tolist() == sorted(expected)
+        assert out.level[part].tolist() == [expected[g] for g in sorted(expected)]
 
 
 def test_b_cells_without_their_markers_are_less_of_a_b_cell(mini, cells):
@@ -65,23 +65,23 @@ def test_b_cells_without_their_markers_are_less_of_a_b_cell(mini, cells):
 
 def test_from_file_to_file(cells, tmp_path, capsys):
     write_h5ad(cells[:20].copy(), tmp_path / "in.h5ad")
-    made = main(["perturb", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--gene", "CD20=0"])
-    assert made == 0 and "of another type now" in capsys.readouterr().out
+    code = main(["perturb", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--gene", "CD20=0"])
+    assert code == 0 and "of another type now" in capsys.readouterr().out
     out = ad.read_h5ad(tmp_path / "out.h5ad")
     assert out.uns["scmulan"]["parameters"]["perturb"]["genes"] == {"MS4A1": 0}  # the alias's approved symbol
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize(
-    ("gene", "said"),
+    ("gene", "message"),
     [("MS4A11=0", "did you mean MS4A1"), ("MS4A1=11", r"0 \(silent\) to 10"), ("MS4A1", "GENE=LEVEL")],
 )
-def test_what_is_refused(cells, tmp_path, capsys, gene, said):
+def test_what_is_refused(cells, tmp_path, capsys, gene, message):
     write_h5ad(cells[:20].copy(), tmp_path / "in.h5ad")
     code = main(["perturb", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--gene", gene])
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert code == 2 and not (tmp_path / "out.h5ad").exists()
-    assert re.search(said, told), told
+    assert re.search(message, error), error
 
 
 def test_levels_are_checked(mini, cells):

@@ -1,7 +1,6 @@
 """The vote of a cell's neighbours."""
 
 import json
-import sys
 
 import anndata as ad
 import numpy as np
@@ -17,22 +16,22 @@ from scmulan.tl._smooth import smooth_types
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
 
 
-def by_hand(types, states, k):
-    """The same, a cell at a time."""
-    voice = np.flatnonzero(np.linalg.norm(states, axis=1) > 0)
-    unit = states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-30)
-    said, shares = [], []
+def by_hand(types, hidden, k):
+    """The same vote, a cell at a time."""
+    voters = np.flatnonzero(np.linalg.norm(hidden, axis=1) > 0)
+    unit = hidden / np.maximum(np.linalg.norm(hidden, axis=1, keepdims=True), 1e-30)
+    smoothed, fractions = [], []
     for i, own in enumerate(types):
-        if i not in voice:
-            said.append(own)
-            shares.append(0.0)
+        if i not in voters:
+            smoothed.append(own)
+            fractions.append(0.0)
             continue
-        order = sorted(voice, key=lambda j: (j != i, -float(unit[i] @ unit[j])))[:k]
+        order = sorted(voters, key=lambda j: (j != i, -float(unit[i] @ unit[j])))[:k]
         votes = pd.Series([types[j] for j in order]).value_counts()
         best = votes.index[votes == votes.max()]
-        said.append(own if own in best else sorted(best)[0])
-        shares.append(votes.max() / len(order))
-    return np.array(said), np.array(shares)
+        smoothed.append(own if own in best else sorted(best)[0])
+        fractions.append(votes.max() / len(order))
+    return np.array(smoothed), np.array(fractions)
 
 
 @pytest.fixture
@@ -40,30 +39,29 @@ def scattered():
     """Three kinds that lie apart, a fifth of whose cells have another's name; two cells lie nowhere."""
     rng = np.random.default_rng(0)
     kind = rng.integers(0, 3, 120)
-    states = (np.eye(8)[kind] * 3 + rng.normal(0, 0.4, (120, 8))).astype(np.float32)
-    states[[7, 50]] = 0
+    hidden = (np.eye(8)[kind] * 3 + rng.normal(0, 0.4, (120, 8))).astype(np.float32)
+    hidden[[7, 50]] = 0
     names = np.array(["T cell", "B cell", "monocyte"])
     wrong = rng.random(120) < 0.2
     types = names[np.where(wrong, (kind + 1) % 3, kind)]
     types[[7, 50]] = "unknown"
-    return pd.Series(types, index=[f"c{i}" for i in range(120)]), states, names[kind]
+    return pd.Series(types, index=[f"c{i}" for i in range(120)]), hidden, names[kind]
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 15, 500])
-def test_it_is_the_vote_counted_by_hand(scattered, k, monkeypatch):
-    types, states, _ = scattered
-    said, shares = by_hand(types.to_numpy(), states, k)
-    for pairs in (2**25, 1000):  # all cells together, and few at a time
-        monkeypatch.setattr(sys.modules["scmulan.tl._smooth"], "PAIRS", pairs)
-        found = smooth_types(types, states, k)
+def test_it_is_the_vote_counted_by_hand(scattered, k):
+    types, hidden, _ = scattered
+    smoothed, fractions = by_hand(types.to_numpy(), hidden, k)
+    for max_pairs in (2**25, 1000):  # all cells together, and few at a time
+        found = smooth_types(types, hidden, k, max_pairs=max_pairs)
         assert list(found.index) == list(types.index)
-        assert np.array_equal(found[SMOOTHED].astype(str), said)
-        np.testing.assert_allclose(found[SMOOTHED_FRACTION], shares, atol=1e-6)
+        assert np.array_equal(found[SMOOTHED].astype(str), smoothed)
+        np.testing.assert_allclose(found[SMOOTHED_FRACTION], fractions, atol=1e-6)
 
 
 def test_names_that_scatter_come_together(scattered):
-    types, states, truth = scattered
-    found = smooth_types(types, states)
+    types, hidden, truth = scattered
+    found = smooth_types(types, hidden)
     known = types != "unknown"
     assert (types == truth)[known].mean() < 0.85
     assert (found[SMOOTHED].astype(str) == truth)[known].mean() > 0.98
@@ -72,7 +70,7 @@ def test_names_that_scatter_come_together(scattered):
     assert (found[SMOOTHED][~known] == "unknown").all() and (found[SMOOTHED_FRACTION][~known] == 0).all()
 
 
-def test_cells_without_any_word_alone_keep_their_names():
+def test_cells_without_any_gene_keep_their_names():
     found = smooth_types(pd.Series(["unknown"] * 3), np.zeros((3, 4), dtype=np.float32))
     assert (found[SMOOTHED] == "unknown").all() and (found[SMOOTHED_FRACTION] == 0).all()
 
@@ -85,29 +83,29 @@ def test_a_cell_is_its_own_nearest_neighbour_among_equals():
 
 
 def test_a_verb_on_anndata(scattered):
-    types, states, _ = scattered
-    adata = ad.AnnData(obs=pd.DataFrame({"scmulan_cell_type": types}), obsm={"X_scmulan": states})
+    types, hidden, _ = scattered
+    adata = ad.AnnData(obs=pd.DataFrame({"scmulan_cell_type": types}), obsm={"X_scmulan": hidden})
     adata.uns["scmulan"] = {"weights_hash": "x", "parameters": {"annotate": {"rule": "default"}}}
-    scmulan.tl.smooth(adata, neighbours=9)
-    expected = smooth_types(types, states, 9)
+    scmulan.tl.smooth(adata, n_neighbors=9)
+    expected = smooth_types(types, hidden, 9)
     assert (adata.obs[SMOOTHED].astype(str) == expected[SMOOTHED].astype(str)).all()
     assert (adata.obs["scmulan_cell_type"] == types).all()
-    told = adata.uns["scmulan"]
-    assert told["weights_hash"] == "x" and told["parameters"]["annotate"] == {"rule": "default"}
-    assert told["parameters"]["smooth"] == {"neighbours": 9, "use_rep": "X_scmulan"}
+    record = adata.uns["scmulan"]
+    assert record["weights_hash"] == "x" and record["parameters"]["annotate"] == {"rule": "default"}
+    assert record["parameters"]["smooth"] == {"neighbours": 9, "use_rep": "X_scmulan"}
 
 
 def test_what_is_missing_is_named(scattered):
-    types, states, _ = scattered
+    types, hidden, _ = scattered
     adata = ad.AnnData(obs=pd.DataFrame(index=types.index))
     with pytest.raises(InputError, match=r"'scmulan_cell_type' is missing: run scmulan\.tl\.annotate"):
         scmulan.tl.smooth(adata)
     adata.obs["scmulan_cell_type"] = types
     with pytest.raises(InputError, match=r"'X_scmulan' is missing: run scmulan\.tl\.embed"):
         scmulan.tl.smooth(adata)
-    adata.obsm["X_scmulan"] = states
+    adata.obsm["X_scmulan"] = hidden
     with pytest.raises(InputError, match="0 neighbours: expected at least 1"):
-        scmulan.tl.smooth(adata, neighbours=0)
+        scmulan.tl.smooth(adata, n_neighbors=0)
     assert SMOOTHED not in adata.obs
 
 
@@ -118,8 +116,10 @@ def test_from_file_to_file(random_model, tmp_path, capsys, embed):
     x[4] = 0
     cells = ad.AnnData(x, var=pd.DataFrame(index=random_model.vocabulary.genes[:80]))
     cells.write_h5ad(tmp_path / "a.h5ad")
-    given = ["--model", str(random_model.folder), "--precision", "fp32", "--table", str(tmp_path / "t.csv"), "--json"]
-    assert main(["annotate", str(tmp_path / "a.h5ad"), "-o", str(tmp_path / "b.h5ad"), "--smooth", *embed, *given]) == 0
+    options = ["--model", str(random_model.folder), "--precision", "fp32", "--table", str(tmp_path / "t.csv"), "--json"]
+    assert (
+        main(["annotate", str(tmp_path / "a.h5ad"), "-o", str(tmp_path / "b.h5ad"), "--smooth", *embed, *options]) == 0
+    )
     account = json.loads(capsys.readouterr().out)
     assert account["obs"][-2:] == [SMOOTHED, SMOOTHED_FRACTION] and account["obsm"] == (["X_scmulan"] if embed else [])
     made, table = ad.read_h5ad(tmp_path / "b.h5ad"), pd.read_csv(tmp_path / "t.csv", index_col="cell")

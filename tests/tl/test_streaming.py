@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -14,13 +16,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from scmulan._progress import Progress
 from scmulan.errors import OutputError
-from scmulan.tl import _blockwise
-from scmulan.tl._blockwise import PREFIX, BlockStore
-from scmulan.tl._files import ReadOptions, annotate_file, embed_file
+from scmulan.tl._block_store import PREFIX, BlockStore
+from scmulan.tl._blockwise import ReadOptions
+from scmulan.tl._files import annotate_file, embed_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::scmulan.vocab.genes.CoverageWarning")
-BLOCK = 8
+SMALL_BLOCKS = ReadOptions(block_cells=8)
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +31,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    from scmulan.tl import _files
-
-    for module in (_blockwise, _files):
-        monkeypatch.setattr(module, "block_cells", lambda model: BLOCK)
-
-
-def decode_cells(path, model, n=60, genes=80):
+def write_cells(path, model, n=60, genes=80):
     rng = np.random.default_rng(0)
     x = sp.csr_matrix(rng.poisson(0.6, (n, genes)).astype(np.float32))
     adata = ad.AnnData(x)
@@ -47,7 +42,7 @@ def decode_cells(path, model, n=60, genes=80):
 
 @pytest.fixture
 def source(tmp_path, random_model):
-    return decode_cells(tmp_path / "in.h5ad", random_model)
+    return write_cells(tmp_path / "in.h5ad", random_model)
 
 
 def same(a: Path, b: Path) -> bool:
@@ -64,9 +59,10 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("verb", ["annotate", "embed"])
 @pytest.mark.parametrize("end", [Interrupted, KeyboardInterrupt])
-def test_an_interrupted_job_goes_on_where_it_was(source, tmp_path, random_model, small_blocks, monkeypatch, verb, end):
-    run = {"annotate": lambda out: annotate_file(source, out, model=random_model.folder, embed=True),
-           "embed": lambda out: embed_file(source, out, model=random_model.folder)}[verb]  # fmt: skip
+def test_an_interrupted_job_continues_where_it_was(source, tmp_path, random_model, monkeypatch, verb, end):
+    options = {"model": random_model.folder, "reading": SMALL_BLOCKS}
+    run = {"annotate": lambda out: annotate_file(source, out, embed=True, **options),
+           "embed": lambda out: embed_file(source, out, **options)}[verb]  # fmt: skip
     run(tmp_path / "whole.h5ad")
     put, done = BlockStore.put, []
 
@@ -92,39 +88,46 @@ def test_an_interrupted_job_goes_on_where_it_was(source, tmp_path, random_model,
     assert not [name for name in os.listdir(tmp_path) if name.startswith(PREFIX)]
 
 
-def test_parts_of_another_job_are_not_taken(source, tmp_path, random_model, small_blocks, monkeypatch):
+def test_blocks_of_another_job_are_not_taken(source, tmp_path, random_model, monkeypatch):
     folders = set()
     monkeypatch.setattr(BlockStore, "remove", lambda self: folders.add(self.folder))
     out = tmp_path / "out.h5ad"
-    annotate_file(source, out, model=random_model.folder)
-    annotate_file(source, out, model=random_model.folder, force=True, reading=ReadOptions(batch_tokens=64))
-    assert len(folders) == 1  # how many words go together changes no result
-    annotate_file(source, out, model=random_model.folder, force=True, threshold=0.7)
-    annotate_file(source, out, model=random_model.folder, force=True, rule="stepwise")
-    annotate_file(source, out, model=random_model.folder, force=True, reading=ReadOptions(precision="bf16"))
+
+    def run(reading=SMALL_BLOCKS, **options):
+        annotate_file(source, out, model=random_model.folder, force=True, reading=reading, **options)
+
+    run()
+    run(replace(SMALL_BLOCKS, batch_tokens=64))
+    assert len(folders) == 1  # how many tokens go together changes no result
+    run(threshold=0.7)
+    run(rule="stepwise")
+    run(replace(SMALL_BLOCKS, precision="bf16"))
     os.utime(source, ns=(1, 1))
-    annotate_file(source, out, model=random_model.folder, force=True)
+    run()
     assert len(folders) == 5
     monkeypatch.undo()
     BlockStore.remove(BlockStore(folders.pop()))
     assert not [name for name in os.listdir(tmp_path) if name.startswith(PREFIX)]
 
 
-def test_progress_counts_every_cell_once(source, tmp_path, random_model, small_blocks):
-    from contextlib import contextmanager
-
-    told = []
+class Counted(Progress):
+    def __init__(self):
+        self.totals, self.advances = [], []
 
     @contextmanager
-    def shown(total):
-        assert total == 60
-        yield told.append
-
-    annotate_file(source, tmp_path / "out.h5ad", model=random_model.folder, progress=shown)
-    assert sum(told) == 60
+    def bar(self, total, unit="cells"):
+        self.totals.append(total)
+        yield self.advances.append
 
 
-def test_parts_that_cannot_be_written_are_told(tmp_path):
+def test_progress_counts_every_cell_once(source, tmp_path, random_model):
+    progress = Counted()
+    out = tmp_path / "out.h5ad"
+    annotate_file(source, out, model=random_model.folder, reading=SMALL_BLOCKS, progress=progress)
+    assert progress.totals == [60] and sum(progress.advances) == 60
+
+
+def test_blocks_that_cannot_be_written_are_an_error(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OutputError, match="run the same command again"):
         BlockStore(tmp_path / "taken").put(0, {"a": np.zeros(3)})
@@ -132,9 +135,9 @@ def test_parts_that_cannot_be_written_are_told(tmp_path):
 
 KILLED = """
 import sys, time
-from scmulan.tl import _blockwise, _files
-from scmulan.tl._blockwise import BlockStore
-_blockwise.block_cells = _files.block_cells = lambda model: 8
+from scmulan.tl._block_store import BlockStore
+from scmulan.tl._blockwise import ReadOptions
+from scmulan.tl._files import annotate_file
 put = BlockStore.put
 def slowly(self, number, arrays):
     put(self, number, arrays)
@@ -142,7 +145,7 @@ def slowly(self, number, arrays):
     time.sleep(0.5)
 if sys.argv[4] == "slow":
     BlockStore.put = slowly
-_files.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
+annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True, reading=ReadOptions(block_cells=8))
 """
 
 
@@ -167,19 +170,21 @@ def test_killed_in_the_middle_and_run_again(source, tmp_path, random_model):
 
 RANK = """
 import sys
-import scmulan
+import anndata as ad
 from scmulan.model.loading import load
 from scmulan._dist import inference_ranks
-from scmulan.tl import _blockwise, _files
-import anndata as ad
-_blockwise.block_cells = _files.block_cells = lambda model: 8
-with inference_ranks() as here:
-    account = _files.annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True)
-    assert (account["rank"], account["processes"]) == (here.rank, 2) and account["cells"] == 60
+from scmulan.tl._annotate import annotate_cells
+from scmulan.tl._blockwise import ReadOptions
+from scmulan.tl._embed import embed_cells
+from scmulan.tl._files import annotate_file
+reading = ReadOptions(block_cells=8)
+with inference_ranks() as ranks:
+    account = annotate_file(sys.argv[1], sys.argv[2], model=sys.argv[3], embed=True, reading=reading)
+    assert (account["rank"], account["processes"]) == (ranks.rank, 2) and account["cells"] == 60
     adata = ad.read_h5ad(sys.argv[1])
-    scmulan.tl.annotate(adata, load(sys.argv[3]))
-    scmulan.tl.embed(adata, load(sys.argv[3]))
-    adata.write_h5ad(f"{sys.argv[2]}.{here.rank}.h5ad")
+    annotate_cells(adata, load(sys.argv[3]), reading=reading).add_to(adata)
+    embed_cells(adata, load(sys.argv[3]), reading=reading).add_to(adata)
+    adata.write_h5ad(f"{sys.argv[2]}.{ranks.rank}.h5ad")
 """
 
 
@@ -206,18 +211,19 @@ def test_two_processes_share_the_cells(source, tmp_path, random_model):
 PEAK = """
 import re, sys
 from pathlib import Path
-from scmulan.model.loading import load
-from scmulan.tl import _blockwise, _files
 import torch
+from scmulan.tl._blockwise import ReadOptions
+from scmulan.tl._files import annotate_file
 torch.set_num_threads(1)
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
-_blockwise.block_cells = _files.block_cells = lambda model: 256
-model = load(sys.argv[1], device="cpu")
+def run(source):
+    reading = ReadOptions(block_cells=256)
+    annotate_file(source, sys.argv[4], model=sys.argv[1], embed=True, reading=reading, device="cpu", force=True)
 for _ in range(2):  # the first leaves holes in memory that the second does not find again
-    _files.annotate_file(sys.argv[2], sys.argv[4], model=sys.argv[1], embed=True, force=True)
+    run(sys.argv[2])
 before = peak()
-_files.annotate_file(sys.argv[3], sys.argv[4], model=sys.argv[1], embed=True, force=True)
+run(sys.argv[3])
 print(peak() - before)
 """
 

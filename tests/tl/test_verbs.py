@@ -23,7 +23,7 @@ def cells(random_model):
     return adata
 
 
-def test_annotate_names_every_cell_and_says_how(cells, random_model):
+def test_annotate_labels_every_cell_and_records_how(cells, random_model):
     before = cells.X.copy()
     assert scmulan.tl.annotate(cells, random_model) is None
     assert [c for c in cells.obs if c.startswith("scmulan")] == COLUMNS
@@ -86,16 +86,87 @@ def test_release_rule_of_annotate_and_embed(cells, random_model):
     assert (cells.obsm["X_scmulan"][4] == 0).all()
 
 
-def test_input_without_our_genes_is_refused_and_left_alone(cells, random_model):
+def test_input_without_our_genes_is_refused_and_left_as_it_is(cells, random_model):
     cells.var_names = [f"X{i}" for i in range(100)]
     with pytest.raises(GeneError):
         scmulan.tl.annotate(cells, random_model)
     assert not cells.uns and not len(cells.obs.columns)
 
 
-def test_generate_writes_cells_to_order(random_model):
-    model, asked = random_model, {"organ": "Blood", "cell_type": "B cell"}
-    made = scmulan.tl.generate(model, asked, n=5, seed=1, max_words=40)
+def verbs(model):
+    """Each verb that adds results to cells, the key that it renames, and where its results are."""
+    return [
+        (lambda adata, **keys: scmulan.tl.annotate(adata, model, **keys), "scmulan_cell_type", "obs"),
+        (lambda adata, **keys: scmulan.tl.embed(adata, model, **keys), "X_scmulan", "obsm"),
+        (lambda adata, **keys: scmulan.tl.smooth(adata, **keys), "scmulan_cell_type_smoothed", "obs"),
+        (lambda adata, **keys: scmulan.tl.perturb(adata, model, {model.vocabulary.genes[0]: 0}, **keys),
+         "scmulan_perturbed", "obs"),
+    ]  # fmt: skip
+
+
+def test_a_copy_has_the_results_and_the_input_has_not(cells, random_model):
+    for verb, key, where in verbs(random_model):
+        before = cells.copy()
+        copied = verb(cells, copy=True)
+        assert list(cells.obs) == list(before.obs) and list(cells.obsm) == list(before.obsm)
+        assert cells.uns == before.uns
+        assert verb(cells) is None  # in place, for the verbs that need its results
+        assert key in getattr(cells, where)
+        assert copied.obs.equals(cells.obs) and copied.uns == cells.uns
+        assert all(np.array_equal(copied.obsm[name], cells.obsm[name]) for name in cells.obsm)
+
+
+def test_a_backed_file_is_copied_into_memory(cells, random_model, tmp_path):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    copied = scmulan.tl.annotate(backed, random_model, copy=True)
+    assert not copied.isbacked and COLUMNS[0] in copied.obs and COLUMNS[0] not in backed.obs
+    backed.file.close()
+
+
+def test_key_added_names_all_that_is_written(cells, random_model):
+    for verb, key, where in verbs(random_model):
+        before = set(getattr(cells, where))
+        verb(cells)
+        results = getattr(cells, where)
+        renamed = {name.replace(key, "mine", 1): name for name in set(results) - before}
+        other = cells.copy()
+        verb(other, key_added="mine")
+        assert set(getattr(other, where)) == set(results) | set(renamed)
+        for new, old in renamed.items():
+            assert np.array_equal(np.asarray(getattr(other, where)[new]), np.asarray(results[old]))
+        assert other.uns["scmulan"] == cells.uns["scmulan"] and "mine" in other.uns
+
+
+def test_records_of_several_verbs_stand_side_by_side(cells, random_model):
+    verb_names = ["annotate", "embed", "smooth", "perturb"]
+    for verb, _, _ in verbs(random_model):
+        verb(cells)
+    assert list(cells.uns["scmulan"]["parameters"]) == verb_names
+    scmulan.tl.annotate(cells, random_model, threshold=0.9, key_added="strict")
+    scmulan.tl.smooth(cells, cell_type_key="strict", key_added="strict")
+    assert {"strict", "strict_coarse", "strict_share"} <= set(cells.obs)
+    assert list(cells.uns["strict"]["parameters"]) == ["annotate", "smooth"]
+    assert cells.uns["strict"]["parameters"]["annotate"]["threshold"] == 0.9
+    assert cells.uns["scmulan"]["parameters"]["annotate"]["threshold"] == 0.5
+
+
+def test_a_model_is_given_by_name_or_folder(cells, random_model):
+    loaded = scmulan.tl.annotate(cells, random_model, precision="fp32", copy=True)
+    named = scmulan.tl.annotate(cells, random_model.folder, precision="fp32", copy=True)
+    assert named.obs.equals(loaded.obs)
+    assert scmulan.tl.generate(str(random_model.folder), n=2, max_words=5).n_obs == 2
+
+
+def test_the_package_lists_verbs_and_results():
+    names = {"annotate", "embed", "generate", "perturb", "smooth", "Annotation", "Embedding", "Perturbation"}
+    assert set(dir(scmulan.tl)) >= names == set(scmulan.tl.__all__)
+    assert all(callable(getattr(scmulan.tl, name)) for name in names)
+
+
+def test_generate_follows_the_metadata(random_model):
+    model, metadata = random_model, {"organ": "Blood", "cell_type": "B cell"}
+    made = scmulan.tl.generate(model, metadata, n=5, seed=1, max_words=40)
     assert made.shape == (5, 300) and list(made.var_names) == model.vocabulary.genes
     assert set(made.obs["prompt_organ"]) == {"Blood"} and set(made.obs["prompt_fine_type"]) == {"B cell"}
     assert np.array_equal(made.obs["words"], np.diff(made.X.indptr)) and made.obs["words"].max() <= 40
@@ -103,15 +174,15 @@ def test_generate_writes_cells_to_order(random_model):
     # The cell's own total in the vocabulary's genes is what the card says normalised cells have.
     full = made.obs["words"].to_numpy() > 0
     assert np.allclose(np.expm1(made.X.toarray()).sum(1)[full], 4000, rtol=1e-3)
-    again = scmulan.tl.generate(model, asked, n=3, seed=1, max_words=40)
+    again = scmulan.tl.generate(model, metadata, n=3, seed=1, max_words=40)
     assert (again.X != made[:3].X).nnz == 0
-    assert (scmulan.tl.generate(model, asked, n=3, seed=2, max_words=40).X != again.X).nnz > 0
+    assert (scmulan.tl.generate(model, metadata, n=3, seed=2, max_words=40).X != again.X).nnz > 0
 
 
-def test_generated_cells_are_read_as_they_were_written(random_model):
+def test_generated_cells_are_read_as_they_were_drawn(random_model):
     made = scmulan.tl.generate(random_model, n=4, seed=0, max_words=60)
-    words = tokenize(made.X, np.arange(300, dtype=np.int32), 300, matrix_kind="log1p")
-    assert np.array_equal(words.gene, made.X.indices)
+    tokens = tokenize(made.X, np.arange(300, dtype=np.int32), 300, matrix_kind="log1p")
+    assert np.array_equal(tokens.gene, made.X.indices)
 
 
 def test_generate_within_a_panel(random_model):

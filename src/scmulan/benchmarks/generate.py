@@ -1,12 +1,12 @@
-"""How fast cells are written, beside the release's way with its key-value cache: one cell at a time, word by word.
+"""Throughput of generation, beside the release's way with its key-value cache: one cell at a time, token by token.
 
-Two networks are timed: the published shape with random weights, in the middle of a cell of some hundred words; and the
-small model that ships, from prompt to end word. *Same rule* means softmax over the logits and rounded values, word
-by word, in float32: what batches alone bring. *Best* adds block decoding and another precision.
+Two networks are timed: the published shape with random weights, in the middle of a cell of some hundred tokens; and the
+packaged small model, from prompt to end token. *Same rule* means softmax over the logits and rounded values, token by
+token, in float32: what batches alone bring. *Best* adds speculative decoding and another precision.
 
-Words per pass of block decoding depend on what a network has learned, so for the published shape (random weights) the
-seconds of a pass are measured at each number of drafted words, and the words that such a pass keeps are those measured
-on the small model, with its own rule; the result says so.
+Tokens per pass of speculative decoding depend on what a network has learned, so for the published shape (random
+weights) the seconds of a pass are measured at each draft length, and the tokens that such a pass keeps are those
+measured on the small model, with its own rule; the result says so.
 """
 
 import time
@@ -21,24 +21,25 @@ import scmulan
 from scmulan.benchmarks.ceiling import machine
 from scmulan.benchmarks.release_way import ReleaseDecoder
 from scmulan.errors import ModelError
-from scmulan.generate.decoding import CellDecoder, DecodingConfig, _DecodingSlots
+from scmulan.generate.decoding import CellDecoder, DecodingConfig
 from scmulan.infer.precision import apply_precision
 from scmulan.model.cost import forward_flops_per_token, kv_bytes_per_token, weight_bytes
 from scmulan.model.loading import LoadedModel
 from scmulan.model.network import PUBLISHED, Mulan, MulanConfig
 from scmulan.vocab.vocabulary import Vocabulary
 
-DRAFTS = (2, 4, 8, 16, 32)
+DRAFT_LENGTHS = (2, 4, 8, 16, 32)
 PRECISIONS = ("fp32", "bf16", "int8")
-ASKED = {"organ": "Blood", "cell_type": "B cell"}
-COUNTED = (
+METADATA = {"organ": "Blood", "cell_type": "B cell"}
+TIMED_STEPS = 2
+HOW_COUNTED = (
     "seconds per pass measured at the published shape with random weights; words kept per pass measured on the small"
     " model, rule exact"
 )
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
-    """Measure words per second.
+    """Measure tokens per second.
 
     Returns
     -------
@@ -57,27 +58,10 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         "ratio_release_cached_best": large["ratio_best"],
         "accepted_words_per_pass": mini["accepted_words_per_pass"],
         "precision": large["precision"],
-        "block_decoding": COUNTED,
+        "block_decoding": HOW_COUNTED,
         "large": large,
         "mini": mini,
     }
-
-
-class _FewPasses(CellDecoder):
-    """Writer that stops after some passes, and knows the time of the fastest but for the first."""
-
-    passes = 2
-    fastest = float("inf")
-    _done = 0
-
-    def _passes(self, places: _DecodingSlots, number: int) -> None:
-        start = time.perf_counter()
-        super()._passes(places, number)
-        if self._done:
-            self.fastest = min(self.fastest, time.perf_counter() - start)
-        self._done += 1
-        if self._done > self.passes:
-            places.running.zero_()
 
 
 def _model(config: MulanConfig, vocabulary: Vocabulary) -> LoadedModel:
@@ -88,15 +72,23 @@ def _model(config: MulanConfig, vocabulary: Vocabulary) -> LoadedModel:
     )  # fmt: skip
 
 
-def _seconds(model: LoadedModel, prompt: np.ndarray, rows: int, draft: int) -> float:
-    """Seconds of one pass of many rows that go on with a prompt, undisturbed."""
-    writer = _FewPasses(model, DecodingConfig(rule="release", sample_values=False, batch=rows, draft=draft))
-    writer.write([prompt], [(0, i) for i in range(rows)], seed=0)
-    return writer.fastest
+def _pass_seconds(model: LoadedModel, prompt: np.ndarray, rows: int, draft: int) -> float:
+    """Measure the seconds of one pass of many rows right after a prompt: the fastest but for the first."""
+    decoder = CellDecoder(model, DecodingConfig(rule="release", sample_values=False, batch_size=rows, draft=draft))
+    slots = decoder.new_slots(rows, len(prompt))
+    prefix = decoder.read_prompt(prompt)
+    for row in range(rows):
+        decoder.start_row(slots, row, prefix, 0, row)
+    seconds = []
+    for _ in range(1 + TIMED_STEPS):
+        start = time.perf_counter()
+        decoder.step(slots)
+        seconds.append((time.perf_counter() - start) / decoder.passes_per_check)
+    return min(seconds[1:])
 
 
 def _release_seconds(model: LoadedModel, prompt: np.ndarray, words: int) -> float:
-    """Seconds of one word in the release's cached way, going on with a prompt; reading the prompt does not count."""
+    """Measure the seconds of one token in the release's cached way, reading of the prompt not counted."""
     decoder = ReleaseDecoder(network=model.network, end=-1, cached=True)  # random weights do not know when to end
     fastest = {1: float("inf"), 1 + words: float("inf")}
     for number in (*fastest, *fastest):
@@ -114,8 +106,8 @@ def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[s
     genes = np.flatnonzero(model.vocabulary.is_gene)
     prompt = np.append(np.random.default_rng(0).permutation(genes)[:words], model.vocabulary.prompts["generate"])
     release = _release_seconds(model, prompt, 4 if quick else 12)
-    alone = _seconds(model, prompt, 1, 1)
-    word_by_word = _seconds(model, prompt, rows, 1)
+    alone = _pass_seconds(model, prompt, 1, 1)
+    word_by_word = _pass_seconds(model, prompt, rows, 1)
     fastest_alone = 0.0
     best: dict[str, Any] = {"words_per_second": 0.0}
     speeds: dict[str, dict[str, float]] = {}
@@ -126,7 +118,7 @@ def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[s
             continue
         speeds[precision] = {}
         for draft in (1, 4, 8) if quick or precision == "fp32" else (1, 4, 8, 16):
-            seconds = _seconds(other, prompt, rows, draft)
+            seconds = _pass_seconds(other, prompt, rows, draft)
             speed = rows * kept[str(draft)] / seconds
             speeds[precision][str(draft)] = round(speed, 1)
             if draft == 1:
@@ -159,27 +151,28 @@ def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[s
     }
 
 
-def _written(
+def _decode(
     model: LoadedModel, prompt: np.ndarray, rows: int, config: DecodingConfig
 ) -> tuple[float, CellDecoder, int]:
-    """Words per second of whole cells, all included; the writer; and words of a cell on average."""
-    writer = CellDecoder(model, config)
+    """Decode whole cells; return tokens per second, all included, the decoder, and the mean tokens of a cell."""
+    decoder = CellDecoder(model, config)
     start = time.perf_counter()
-    writer.write([prompt], [(0, i) for i in range(rows)], seed=0)
-    return writer.tally.words / (time.perf_counter() - start), writer, round(writer.tally.words / rows)
+    decoder.decode([prompt], [(0, i) for i in range(rows)], seed=0)
+    tokens = decoder.stats.tokens
+    return tokens / (time.perf_counter() - start), decoder, round(tokens / rows)
 
 
 def _mini(quick: bool) -> dict[str, Any]:
     model = scmulan.load("mini", device="cpu")
     v = model.vocabulary
-    prompt = np.array([*v.metadata_ids(ASKED), v.prompts["generate"]])
+    prompt = np.array([*v.metadata_ids(METADATA), v.prompts["generate"]])
     rows, words = (16, 150) if quick else (64, 1550)
     accepted: dict[str, float] = {}
     speeds: dict[str, float] = {}
-    _written(model, prompt, 2, DecodingConfig(max_words=20))  # compiles what is compiled
-    for draft in (1, *DRAFTS):
-        speed, writer, mean = _written(model, prompt, rows, DecodingConfig(draft=draft, max_words=words))
-        accepted[str(draft)] = round(writer.tally.words_per_pass, 2)
+    _decode(model, prompt, 2, DecodingConfig(max_tokens=20))  # compiles what is compiled
+    for draft in (1, *DRAFT_LENGTHS):
+        speed, decoder, mean = _decode(model, prompt, rows, DecodingConfig(draft=draft, max_tokens=words))
+        accepted[str(draft)] = round(decoder.stats.tokens_per_pass, 2)
         speeds[str(draft)] = round(speed, 1)
     best: dict[str, Any] = {"words_per_second": 0.0}
     for precision in PRECISIONS:
@@ -187,15 +180,15 @@ def _mini(quick: bool) -> dict[str, Any]:
             other = apply_precision(model, precision)  # type: ignore[arg-type]
         except ModelError:
             continue
-        speed, writer, _ = _written(other, prompt, rows, DecodingConfig(max_words=words))
+        speed, decoder, _ = _decode(other, prompt, rows, DecodingConfig(max_tokens=words))
         if speed > best["words_per_second"]:
-            best = {"words_per_second": round(speed, 1), "precision": precision, "draft": writer.pace.best()}
+            best = {"words_per_second": round(speed, 1), "precision": precision, "draft": decoder.draft_length.best()}
     # The release's network has neither set state nor spread of values: its way is timed without.
     plain = replace(model.config, set_state=False, value_spread=False, word_bias=False, bounded_genes=False)
     release_model = _model(plain, v)
     release = 1 / _release_seconds(release_model, prompt, mean)
-    same = DecodingConfig(rule="release", sample_values=False, draft=1, max_words=mean)
-    batched, _, _ = _written(release_model, prompt, rows, same)
+    same = DecodingConfig(rule="release", sample_values=False, draft=1, max_tokens=mean)
+    batched, _, _ = _decode(release_model, prompt, rows, same)
     return {
         "rows": rows,
         "most_words": words,

@@ -39,7 +39,7 @@ def annotate(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Name the type of each cell.
+    """Annotate cells: predict cell types with probabilities.
 
     The output is a copy of the input with scmulan_cell_type, …_coarse, …_probability, …_status and …_ontology_id
     in obs, and how they were made in uns['scmulan']. With --smooth, …_smoothed and …_smoothed_share too.
@@ -61,18 +61,18 @@ def annotate(
             layer=layer,
             matrix_kind=matrix_kind,
             min_genes=min_genes,
-            device=device,
             precision=precision,
             batch_tokens=batch_size,
         ),
+        device=device,
         force=force,
-        progress=console.progress,
+        progress=console.PROGRESS,
     )
     if account["rank"] == 0:
-        console.result(account, _sentences(account), as_json)
+        console.result(account, _summary(account), as_json)
 
 
-def _sentences(account: dict[str, Any]) -> str:
+def _summary(account: dict[str, Any]) -> str:
     cells = account["cells"]
     types = [f"{name} {count / cells:.0%}" for name, count in account["cell_types"].items()]
     more = f"; and {len(types) - 8} more" if len(types) > 8 else ""

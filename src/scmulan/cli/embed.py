@@ -14,7 +14,7 @@ def embed(
     rule: Annotated[
         Literal["default", "release"],
         typer.Option(
-            help="default: the state that names the cell; release: the state that the published release gives."
+            help="default: the hidden state that annotates the cell; release: the one that the published release gives."
         ),
     ] = "default",
     layer: options.Layer = None,
@@ -26,7 +26,7 @@ def embed(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Place each cell among others, also of other studies.
+    """Embed cells: compute coordinates that are comparable across studies.
 
     The output is a copy of the input with X_scmulan in obsm, to be used in place of X_pca, and how it was made in
     uns['scmulan'].
@@ -44,12 +44,12 @@ def embed(
             layer=layer,
             matrix_kind=matrix_kind,
             min_genes=min_genes,
-            device=device,
             precision=precision,
             batch_tokens=batch_size,
         ),
+        device=device,
         force=force,
-        progress=console.progress,
+        progress=console.PROGRESS,
     )
     rows = {
         **console.reading(account),

@@ -28,7 +28,7 @@ def perturb(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Ask what each cell would be read as, were a gene silent (or high).
+    """Perturb cells: read each again with a gene silent (or high), and compare.
 
     The output is a copy of the input with scmulan_perturbed, …_cell_type, …_probability, …_probability_before and
     …_shift in obs. No other gene is changed: this tells what a gene says about a cell, not what a living cell would do.
@@ -44,12 +44,12 @@ def perturb(
             layer=layer,
             matrix_kind=matrix_kind,
             min_genes=min_genes,
-            device=device,
             precision=precision,
             batch_tokens=batch_size,
         ),
+        device=device,
         force=force,
-        progress=console.progress,
+        progress=console.PROGRESS,
     )
     rows = {
         **console.reading(account),

@@ -37,6 +37,7 @@ from scmulan.evaluate.scores import (
 )
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._annotate import annotate_cells
+from scmulan.tl._blockwise import ReadOptions
 from scmulan.tl._smooth import smooth_types
 from scmulan.vocab.vocabulary import Family
 
@@ -330,9 +331,8 @@ class _LabelledFile:
     ) -> None:
         """Predict types by the model and, if requested, by the vote of neighbours."""
         with with_source(self.path):
-            found = annotate_cells(
-                self.adata, model, rule=rule, min_genes=min_genes, precision="fp32", keep_hidden=smooth
-            )
+            reading = ReadOptions(min_genes=min_genes, precision="fp32")
+            found = annotate_cells(self.adata, model, rule=rule, reading=reading, keep_hidden=smooth)
         self.summary = FileSummary(
             name=self.name,
             cells=len(self.raw),

@@ -32,6 +32,7 @@ from scmulan.evaluate.inputs import (
 )
 from scmulan.evaluate.labels import LabelMap, as_label_map
 from scmulan.model.loading import LoadedModel
+from scmulan.tl._blockwise import ReadOptions
 from scmulan.tl._embed import embed_cells
 
 __all__ = ["IntegrationEvaluation", "evaluate_integration"]
@@ -181,7 +182,8 @@ def evaluate_integration(
         with with_source(path):
             expression.append(read_expression(adata, str(path)))
             for rule in rules:
-                embedding = embed_cells(adata, loaded, rule=rule, min_genes=min_genes, precision="fp32").values
+                reading = ReadOptions(min_genes=min_genes, precision="fp32")
+                embedding = embed_cells(adata, loaded, rule=rule, reading=reading).values
                 embeddings[f"X_scmulan ({rule})"].append(embedding)
     progress.log("PCA")
     pca, n_shared = _pca(expression, drawn["batch"].to_numpy(), hvg, dimensions, seed)

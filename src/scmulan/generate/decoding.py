@@ -1,4 +1,4 @@
-"""Sentences written side by side, from a queue of rows that takes each free place at once."""
+"""Token-by-token decoding of many rows side by side, from a queue whose next row takes each slot that comes free."""
 
 import time
 from collections import deque
@@ -9,45 +9,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scmulan._progress import Advance as Progress
-from scmulan.generate.noise import CHUNK, NoiseBuffer
+from scmulan._progress import Advance
+from scmulan.generate.noise import N_CANDIDATES, POSITIONS_PER_DRAW, NoiseBuffer
 from scmulan.generate.sampling import GumbelSampler, Rule, draw_number, pick_value
-from scmulan.generate.speculative import MOST, DraftLength, DraftModel, DraftStats, agrees
+from scmulan.generate.speculative import MAX_DRAFT_LENGTH, DraftLength, DraftModel, DraftStats, is_accepted
 from scmulan.infer.batching import MAX_MEMORY_FRACTION, free_bytes, is_out_of_memory
 from scmulan.model.cost import kv_bytes_per_token
 from scmulan.model.kv_cache import CAPACITY_STEP, KVCache
 from scmulan.model.loading import LoadedModel
 from scmulan.vocab.sentences import Sentences
 
-# Passes between two looks at which rows are done, on a device that would have to be waited for.
-PASSES_UNSEEN = 8
-# Words over which states are averaged to guess from: one state says much of the word just read.
-AVERAGED = 4
-# Rows side by side where memory is not short.
+PASSES_PER_CHECK = 8
+"""Passes between two looks at which rows have ended, on a device that the host would have to wait for."""
+AVERAGED_TOKENS = 4
+"""Tokens over which hidden states are averaged for drafting: a single state says much of the token just read."""
 CPU_ROWS, GPU_ROWS = 64, 256
-# Bytes of cache that a CPU gets at once: growing copies everything, and the system gives pages when they are written.
-ROOM = 1 << 30
-# Rows are moved together once this share of them is done and none waits.
-SPARSE = 0.25
+"""Rows side by side where memory is not short."""
+FULL_CACHE_BYTES = 1 << 30
+"""Cache that a CPU gets at once: growing copies everything, and the system gives pages only when they are written."""
+IDLE_FRACTION = 0.25
+"""Fraction of idle slots, with an empty queue, from which on the other rows are moved together."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DecodingConfig:
-    """How sentences are written."""
+    """How sentences are decoded."""
 
     rule: Rule = "softmax"
-    """Which distribution the next word is drawn from, see :mod:`scmulan.generate.sampling`."""
+    """Distribution of the next token, see :mod:`scmulan.generate.sampling`."""
     temperature: float = 1.0
-    """Below 1 the likely words are preferred."""
+    """Below 1, likely tokens are preferred."""
     sample_values: bool = True
-    """Draw values from their distribution where the model has one; otherwise their mean."""
-    max_words: int = 1_550
-    """Most words of a sentence after its prompt."""
-    batch: int | None = None
-    """Sentences written side by side; None takes what suits the device and its memory."""
+    """Draw values from their distribution where the model has one; otherwise take their rounded mean."""
+    max_tokens: int = 1_550
+    """Most tokens of a sentence after its prompt."""
+    batch_size: int | None = None
+    """Rows decoded side by side; None: what suits the device and its memory. Speed only."""
     draft: int | None = None
-    """Words guessed and read in one pass (:mod:`scmulan.generate.speculative`); 1 writes word by word, None chooses.
-    Cells do not depend on it."""
+    """Draft length (:mod:`scmulan.generate.speculative`); 1 decodes token by token, None chooses. Speed only."""
 
 
 def decode_cells(
@@ -57,37 +56,39 @@ def decode_cells(
     *,
     config: DecodingConfig,
     seed: int,
-    share: slice = slice(None),
+    rows: slice = slice(None),
     genes: np.ndarray | None = None,
-    progress: Progress = lambda n: None,
+    advance: Advance = lambda finished: None,
 ) -> Sentences:
-    """Write ``n`` sentences after one prompt.
+    """Decode ``n`` sentences after one prompt.
 
     Parameters
     ----------
     prompt
-        int64 word ids without values, the task's prompt word last.
+        int64 token ids without values, the task's prompt token last.
     n
         Number of sentences.
     seed
-        Row ``i`` draws from its own stream ``(seed, i)``: the same seed gives the same cells, whatever the batch.
-    share
-        Which of the ``n`` sentences to write: a process among others writes its own.
+        Sentence ``i`` draws from its own stream ``(seed, i)``: the same seed gives the same cells, whatever the batch.
+    rows
+        Which of the ``n`` sentences to decode: a process among others decodes its own.
     genes
-        Bool ``[V]``: genes that may be said (default: all).
+        Bool ``[V]``: genes that may be drawn (default: all).
+    advance
+        Called with the number of sentences just finished.
 
     Returns
     -------
     Sentences
-        Prompt and words; a sentence that reached ``max_words`` lacks the end word.
+        Prompt and tokens; a sentence that reached ``max_tokens`` lacks the end token.
     """
-    rows = [(0, i) for i in range(n)[share]]
-    return CellDecoder(model, config, genes=genes).write([prompt], rows, seed=seed, progress=progress)
+    streams = [(0, i) for i in range(n)[rows]]
+    return CellDecoder(model, config, genes=genes).decode([prompt], streams, seed=seed, advance=advance)
 
 
 @dataclass(kw_only=True, slots=True)
-class _Start:
-    """What the network has read of a prompt: read once, for all of its rows."""
+class Prefix:
+    """A prompt as the network has read it: once, for all of its rows."""
 
     prompt: np.ndarray
     cache: KVCache
@@ -95,294 +96,359 @@ class _Start:
     inputs: Tensor
 
 
-class _DecodingSlots:
-    """Rows being written. Each tensor's first axis is the place."""
-
-    def __init__(self, model: LoadedModel, chance: NoiseBuffer, places: int, most: int, longest: int) -> None:
-        network = model.network
-        V, W, weight = network.config.vocabulary, network.config.width, network.word.weight
-        device = weight.device
-        self.chance = chance
-        self.bound = longest + most + MOST
-        """Most slots that a row can need."""
-        needed = places * self.bound * kv_bytes_per_token(network.config, "fp32")
-        at_once = device.type == "cpu" and needed <= ROOM
-        self.cache = network.new_cache(places, self.bound if at_once else min(longest + CAPACITY_STEP, self.bound))
-        self.hidden = weight.new_zeros(places, W)
-        self.average = torch.zeros(places, W, device=device)
-        """Mean of the last states, from which the coming ones are foreseen."""
-        self.inputs = self.average.clone()
-        """Mean of the last inputs."""
-        self.said = torch.zeros(places, V, dtype=torch.bool, device=device)
-        self.words = torch.zeros(places, most + MOST, dtype=torch.int64, device=device)
-        self.values = torch.zeros_like(self.words)
-        self.count = torch.zeros(places, dtype=torch.int64, device=device)
-        self.limit = torch.zeros_like(self.count)
-        self.running = torch.zeros(places, dtype=torch.bool, device=device)
-        self.who = np.full(places, -1)
-        """Which row lies there; kept on the host."""
-
-    def select(self, places: np.ndarray) -> None:
-        """Keep some places only, named in ascending order."""
-        at = torch.from_numpy(places).to(self.count.device)
-        self.cache.select_rows(places.tolist())
-        self.chance.select(places)
-        for name in ("hidden", "average", "inputs", "said", "words", "values", "count", "limit", "running"):
-            setattr(self, name, getattr(self, name)[at])
-        self.who = self.who[places]
-
-
-class CellDecoder:
-    """Writes rows.
+class DecodingSlots:
+    """State of the rows that are being decoded; first axis of each tensor: the slot.
 
     Parameters
     ----------
     model
-        Any model that has the prompts' words.
+        The model.
+    noise
+        Noise of each slot.
+    n
+        Number of slots.
+    max_tokens
+        Most tokens of a sentence after its prompt.
+    longest_prompt
+        Tokens of the longest prompt.
+    """
+
+    def __init__(self, model: LoadedModel, noise: NoiseBuffer, n: int, max_tokens: int, longest_prompt: int) -> None:
+        network = model.network
+        weight = network.word.weight
+        device = weight.device
+        self.noise = noise
+        self.max_length = longest_prompt + max_tokens + MAX_DRAFT_LENGTH
+        """Most cache positions that a row can need."""
+        needed = n * self.max_length * kv_bytes_per_token(network.config, "fp32")
+        at_once = device.type == "cpu" and needed <= FULL_CACHE_BYTES
+        self.cache = network.new_cache(
+            n, self.max_length if at_once else min(longest_prompt + CAPACITY_STEP, self.max_length)
+        )
+        self.hidden = weight.new_zeros(n, network.config.width)
+        self.mean_hidden = torch.zeros(n, network.config.width, device=device)
+        """Mean of the last hidden states, for drafting."""
+        self.mean_input = self.mean_hidden.clone()
+        """Mean of the last inputs, for drafting."""
+        self.excluded = torch.zeros(n, network.config.vocabulary, dtype=torch.bool, device=device)
+        """Tokens that may not be drawn, those drawn before among them."""
+        self.tokens = torch.zeros(n, max_tokens + MAX_DRAFT_LENGTH, dtype=torch.int64, device=device)
+        self.values = torch.zeros_like(self.tokens)
+        self.count = torch.zeros(n, dtype=torch.int64, device=device)
+        """Tokens kept after the prompt."""
+        self.limit = torch.zeros_like(self.count)
+        """Tokens after which the row ends."""
+        self.running = torch.zeros(n, dtype=torch.bool, device=device)
+        self.row = np.full(n, -1)
+        """Which row is in the slot, −1 for none; on the host."""
+
+    def keep(self, slots: np.ndarray) -> None:
+        """Forget all slots but some, named in ascending order."""
+        index = torch.from_numpy(slots).to(self.count.device)
+        self.cache.select_rows(slots.tolist())
+        self.noise.keep_rows(slots)
+        for name in (
+            "hidden", "mean_hidden", "mean_input", "excluded", "tokens", "values", "count", "limit", "running",
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name)[index])
+        self.row = self.row[slots]
+
+
+class CellDecoder:
+    """Decodes rows.
+
+    Parameters
+    ----------
+    model
+        Any model that has the prompts' tokens.
     config
         How.
     genes
-        Bool ``[V]``: genes that may be said (default: all).
+        Bool ``[V]``: genes that may be drawn (default: all).
+    n_candidates
+        Length of candidate lists, see :class:`scmulan.generate.noise.NoiseBuffer`.
+    passes_per_check
+        Passes between two looks at which rows have ended (default: 1 on a CPU, else :data:`PASSES_PER_CHECK`).
     """
 
-    def __init__(self, model: LoadedModel, config: DecodingConfig, *, genes: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: DecodingConfig,
+        *,
+        genes: np.ndarray | None = None,
+        n_candidates: int = N_CANDIDATES,
+        passes_per_check: int | None = None,
+    ) -> None:
         self.model = model
         self.network = model.network
         self.config = config
         self.end = model.vocabulary.end
-        sayable = model.vocabulary.is_gene if genes is None else model.vocabulary.is_gene & genes
-        self.genes = np.flatnonzero(sayable)
-        self.most = min(config.max_words, len(self.genes) + 1)
-        self.forbidden = torch.from_numpy(~sayable).to(self.device)
+        allowed = model.vocabulary.is_gene if genes is None else model.vocabulary.is_gene & genes
+        self.genes = np.flatnonzero(allowed)
+        self.max_tokens = min(config.max_tokens, len(self.genes) + 1)
+        self.forbidden = torch.from_numpy(~allowed).to(self.device)
         self.forbidden[self.end] = config.rule == "set"
-        self.race = GumbelSampler(self.network, config.rule, config.temperature, genes=self.genes, end=self.end)
-        self.values_drawn = config.sample_values and self.network.log_scale is not None
-        self.pace = DraftLength(config.draft)
-        self.outlook = DraftModel(self.network)
+        self.sampler = GumbelSampler(self.network, config.rule, config.temperature, genes=self.genes, end=self.end)
+        self.sample_values = config.sample_values and self.network.log_scale is not None
+        self.draft_length = DraftLength(config.draft)
+        self.draft_model = DraftModel(self.network)
+        self.n_candidates = n_candidates
+        self.passes_per_check = passes_per_check or (1 if self.device.type == "cpu" else PASSES_PER_CHECK)
+
+    accepts = staticmethod(is_accepted)
+    """The rule by which drafted tokens are kept."""
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self.network.word.weight.device
+        return self.network.device
 
     @property
-    def tally(self) -> DraftStats:
-        """What was drafted and kept so far."""
-        return self.pace.tally
+    def stats(self) -> DraftStats:
+        """Counts of what was drafted and kept so far."""
+        return self.draft_length.stats
 
     @torch.inference_mode()
-    def write(
+    def decode(
         self,
         prompts: Sequence[np.ndarray],
         rows: Sequence[tuple[int, int]],
         *,
         seed: int,
-        progress: Progress = lambda n: None,
+        advance: Advance = lambda finished: None,
     ) -> Sentences:
-        """Write sentences after several prompts.
+        """Decode sentences after several prompts.
 
         Parameters
         ----------
         prompts
-            int64 word ids without values of each prompt.
+            int64 token ids without values of each prompt.
         rows
             For each sentence its prompt, and its number within the seed: it draws from the stream ``(seed, number)``.
         seed
             The same seed gives the same sentences.
-        progress
-            Called with the number of sentences just done.
+        advance
+            Called with the number of sentences just finished.
 
         Returns
         -------
         Sentences
             In the order of ``rows``.
         """
-        waiting = deque(range(len(rows)))
-        starts: dict[int, _Start] = {}
-        done: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
-        unseen = 1 if self.device.type == "cpu" else PASSES_UNSEEN
-        longest = max((len(p) for p in prompts), default=0)
-        ring = unseen * (self.config.draft or MOST) + CHUNK
-        batch = min(self.config.batch or self._suitable(ring), len(rows))
-        chance = NoiseBuffer(
-            batch,
+        queue = deque(range(len(rows)))
+        prefixes: dict[int, Prefix] = {}
+        finished: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        slots = self.new_slots(len(rows), max((len(p) for p in prompts), default=0))
+        while True:
+            for slot in np.flatnonzero(slots.row < 0)[: len(queue)]:
+                row = queue.popleft()
+                prompt, number = rows[row]
+                if prompt not in prefixes:
+                    prefixes[prompt] = self.read_prompt(prompts[prompt])
+                self.start_row(slots, int(slot), prefixes[prompt], seed, number)
+                slots.row[slot] = row
+            if (slots.row < 0).all():
+                return Sentences.join([finished[row] for row in range(len(rows))])
+            if (slots.row < 0).mean() >= IDLE_FRACTION:
+                slots.keep(np.flatnonzero(slots.row >= 0))
+            try:
+                self.step(slots)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(slots.row) == 1:
+                    raise
+                half = len(slots.row) // 2
+                queue.extendleft(sorted((r for r in slots.row[half:].tolist() if r >= 0), reverse=True))
+                slots.keep(np.arange(half))
+                continue
+            ended = ~slots.running.cpu().numpy() & (slots.row >= 0)
+            for slot in np.flatnonzero(ended):
+                row = int(slots.row[slot])
+                finished[row] = self._sentence(slots, int(slot), prefixes[rows[row][0]].prompt)
+                slots.row[slot] = -1
+            advance(int(ended.sum()))
+
+    # -- rows --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def new_slots(self, n_rows: int, longest_prompt: int) -> DecodingSlots:
+        """Make empty slots, as many as suit the device and at most ``n_rows``."""
+        capacity = self.passes_per_check * (self.config.draft or MAX_DRAFT_LENGTH) + POSITIONS_PER_DRAW
+        n = min(self.config.batch_size or self._suitable_rows(capacity), n_rows)
+        noise = NoiseBuffer(
+            n,
             self.genes,
             None if self.config.rule == "set" else self.end,
             levels=self.network.config.levels,
             vocabulary=self.network.config.vocabulary,
-            listed=self.race.listed,
-            ring=ring,
+            lazy=self.sampler.lazy,
+            capacity=capacity,
             device=self.device,
+            n_candidates=self.n_candidates,
         )
-        places = _DecodingSlots(self.model, chance, batch, self.most, longest)
-        while True:
-            for place in np.flatnonzero(places.who < 0)[: len(waiting)]:
-                row = waiting.popleft()
-                which, number = rows[row]
-                if which not in starts:
-                    starts[which] = self._read(prompts[which])
-                self._seat(places, int(place), starts[which], seed, number)
-                places.who[place] = row
-            if (places.who < 0).all():
-                return Sentences.join([done[row] for row in range(len(rows))])
-            if (places.who < 0).mean() >= SPARSE:
-                places.select(np.flatnonzero(places.who >= 0))
-            try:
-                self._passes(places, unseen)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(places.who) == 1:
-                    raise
-                half = len(places.who) // 2
-                waiting.extendleft(sorted((r for r in places.who[half:].tolist() if r >= 0), reverse=True))
-                places.select(np.arange(half))
-                continue
-            ended = ~places.running.cpu().numpy() & (places.who >= 0)
-            for place in np.flatnonzero(ended):
-                row = int(places.who[place])
-                done[row] = self._sentence(places, int(place), starts[rows[row][0]].prompt)
-                places.who[place] = -1
-            progress(int(ended.sum()))
+        return DecodingSlots(self.model, noise, n, self.max_tokens, longest_prompt)
 
-    def _suitable(self, ring: int) -> int:
-        """Rows that suit the device, if all of them got as long as they may."""
+    def _suitable_rows(self, noise_capacity: int) -> int:
+        """Return the number of rows that suits the device, if all of them got as long as they may."""
         kind = "bf16" if self.network.precision == "bf16" else "fp32"
-        needed = (self.most + MOST) * kv_bytes_per_token(self.network.config, kind)
-        needed += 4 * self.network.config.vocabulary * (4 * MOST + (0 if self.race.listed else ring))
-        most = CPU_ROWS if self.device.type == "cpu" else GPU_ROWS
-        return max(1, min(most, int(free_bytes(self.device) * MAX_MEMORY_FRACTION) // needed))
+        needed = (self.max_tokens + MAX_DRAFT_LENGTH) * kv_bytes_per_token(self.network.config, kind)
+        full_noise = 0 if self.sampler.lazy else noise_capacity
+        needed += 4 * self.network.config.vocabulary * (4 * MAX_DRAFT_LENGTH + full_noise)
+        max_rows = CPU_ROWS if self.device.type == "cpu" else GPU_ROWS
+        return max(1, min(max_rows, int(free_bytes(self.device) * MAX_MEMORY_FRACTION) // needed))
 
-    def _read(self, prompt: np.ndarray) -> _Start:
+    @torch.inference_mode()
+    def read_prompt(self, prompt: np.ndarray) -> Prefix:
+        """Let the network read a prompt (int64 token ids)."""
         entity = torch.from_numpy(prompt.astype(np.int64))[None].to(self.device)
         cache = self.network.new_cache(1, entity.shape[1])
         value = torch.zeros_like(entity)
         hidden = self.network(entity, value, cache)[0, -1]
-        return _Start(prompt=prompt, cache=cache, hidden=hidden, inputs=self.outlook.inputs(entity, value)[0, -1])
+        return Prefix(prompt=prompt, cache=cache, hidden=hidden, inputs=self.draft_model.inputs(entity, value)[0, -1])
 
-    def _seat(self, places: _DecodingSlots, place: int, start: _Start, seed: int, number: int) -> None:
-        stream = places.chance.seat(place, seed, number)
-        places.cache.restart(torch.tensor([place], device=self.device), start.cache)
-        places.hidden[place] = start.hidden
-        places.average[place] = start.hidden.float()
-        places.inputs[place] = start.inputs
-        places.said[place] = self.forbidden
-        limit = self.most
+    @torch.inference_mode()
+    def start_row(self, slots: DecodingSlots, slot: int, prefix: Prefix, seed: int, number: int) -> None:
+        """Start a row in a slot: after a prompt, with the stream ``(seed, number)``."""
+        stream = slots.noise.start(slot, seed, number)
+        slots.cache.restart(torch.tensor([slot], device=self.device), prefix.cache)
+        slots.hidden[slot] = prefix.hidden
+        slots.mean_hidden[slot] = prefix.hidden.float()
+        slots.mean_input[slot] = prefix.inputs
+        slots.excluded[slot] = self.forbidden
+        limit = self.max_tokens
         if self.config.rule == "set":
-            logits = self.network.entity_logits(start.hidden).float()[torch.from_numpy(self.genes).to(self.device)]
+            logits = self.network.entity_logits(prefix.hidden).float()[torch.from_numpy(self.genes).to(self.device)]
             uniform = torch.from_numpy(stream.random(len(self.genes), dtype=np.float32)).to(self.device)
             limit = min(limit, int(draw_number(logits[None], uniform[None])))
-        places.limit[place] = limit
-        places.count[place] = 0
-        places.running[place] = True
+        slots.limit[slot] = limit
+        slots.count[slot] = 0
+        slots.running[slot] = True
 
-    def _sentence(self, places: _DecodingSlots, place: int, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        count = int(places.count[place])
-        words = places.words[place, :count].cpu().numpy()
-        values = places.values[place, :count].cpu().numpy()
-        # Where the number of words was drawn, the cell is complete.
+    def _sentence(self, slots: DecodingSlots, slot: int, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return tokens, values and prompt length of a row that has ended."""
+        count = int(slots.count[slot])
+        tokens = slots.tokens[slot, :count].cpu().numpy()
+        values = slots.values[slot, :count].cpu().numpy()
+        # Where the number of tokens was drawn, the cell is complete.
         tail = [self.end] if self.config.rule == "set" else []
-        said = np.concatenate([prompt, words, tail]).astype(np.int64)
-        return said, np.concatenate([np.zeros(len(prompt), np.int64), values, [0] * len(tail)]), len(prompt)
+        entity = np.concatenate([prompt, tokens, tail]).astype(np.int64)
+        return entity, np.concatenate([np.zeros(len(prompt), np.int64), values, [0] * len(tail)]), len(prompt)
 
     # -- passes ------------------------------------------------------------------------------------------------
 
-    def _passes(self, places: _DecodingSlots, number: int) -> None:
-        """Some passes with the same number of words, and what they teach."""
-        drafted = min(self.pace.next(), self.most)
-        places.cache.lengths = places.cache.lengths * places.running
-        places.cache.refresh_used()
-        places.chance.provide(places.count.cpu().numpy(), number * drafted)
+    @torch.inference_mode()
+    def step(self, slots: DecodingSlots) -> None:
+        """Run the passes until the next look at which rows have ended, and learn from them."""
+        length = min(self.draft_length.next(), self.max_tokens)
+        slots.cache.lengths = slots.cache.lengths * slots.running
+        slots.cache.refresh_used()
+        slots.noise.fill(slots.count.cpu().numpy(), self.passes_per_check * length)
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         begin = time.perf_counter()
-        for i in range(number):
-            self._pass(places, drafted, counts, wait=i == 0)
-        rows, words, compared, right = counts.tolist()
-        seconds = time.perf_counter() - begin
-        self.pace.learn(drafted, seconds, passes=number, rows=rows, words=words, compared=compared, right=right)
+        for i in range(self.passes_per_check):
+            self._pass(slots, length, counts, wait=i == 0)
+        row_passes, tokens, verified, accepted = counts.tolist()
+        self.draft_length.update(
+            length,
+            time.perf_counter() - begin,
+            passes=self.passes_per_check,
+            row_passes=row_passes,
+            tokens=tokens,
+            verified=verified,
+            accepted=accepted,
+        )
 
-    def _pass(self, places: _DecodingSlots, drafted: int, counts: Tensor, *, wait: bool) -> None:
-        """Read ``drafted`` words of each row and keep those that are said one by one.
+    def _pass(self, slots: DecodingSlots, length: int, counts: Tensor, *, wait: bool) -> None:
+        """Draft and read ``length`` tokens of each row, and keep those that are verified.
 
-        Only with ``wait`` the host looks at what the device has: to run races to their end that their list of visits
-        leaves open. Without, such a row pauses.
+        Only with ``wait`` the host looks at what the device has, to finish tokens that their candidate list left
+        undecided. Without, such a row pauses.
         """
-        word, value, started = self._first(places, wait)
-        if drafted > 1:
-            word, value = self._guess(places, word, value, drafted)
+        token, value, started = self._next_token(slots, wait)
+        if length > 1:
+            token, value = self._draft(slots, token, value, length)
         else:
-            word, value = word[:, None], value[:, None]
-        places.cache.reserve(drafted, places.bound)
-        states = self.network(word, value, places.cache)
+            token, value = token[:, None], value[:, None]
+        slots.cache.reserve(length, slots.max_length)
+        hidden = self.network(token, value, slots.cache)
         kept = started.long()
-        if drafted > 1:
-            draws = places.chance.at(places.count, 1, drafted - 1)
-            column = torch.arange(1, drafted, device=self.device)
-            true, closed = self.race.winners(states[:, :-1], draws, places.said, word, 1)
-            true_value = self._values(states[:, :-1], true, draws.values)
-            room = (word[:, :-1] != self.end) & (places.count[:, None] + column < places.limit[:, None])
-            right = closed & room & agrees(word[:, 1:], value[:, 1:], true, true_value)
-            chain = right.long().cumprod(1) * started[:, None]
-            kept = kept + chain.sum(1)
-            reached = torch.cat((started[:, None], chain[:, :-1] > 0), 1) & room
-            counts[2] += reached.sum()
-            counts[3] += chain.sum()
-        self._keep(places, word, value, states, kept)
+        if length > 1:
+            noise = slots.noise.read(slots.count, 1, length - 1)
+            true_token, decided = self.sampler.sample(hidden[:, :-1], noise, slots.excluded, token, 1)
+            true_value = self._pick_value(hidden[:, :-1], true_token, noise.values)
+            column = torch.arange(1, length, device=self.device)
+            goes_on = (token[:, :-1] != self.end) & (slots.count[:, None] + column < slots.limit[:, None])
+            right = decided & goes_on & self.accepts(token[:, 1:], value[:, 1:], true_token, true_value)
+            accepted = right.long().cumprod(1) * started[:, None]
+            kept = kept + accepted.sum(1)
+            verified = torch.cat((started[:, None], accepted[:, :-1] > 0), 1) & goes_on
+            counts[2] += verified.sum()
+            counts[3] += accepted.sum()
+        self._keep(slots, token, value, hidden, kept)
         counts[0] += started.sum()
         counts[1] += kept.sum()
 
-    def _first(self, places: _DecodingSlots, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Next word and value of each row, certain, and which rows have one (all that run, if ``wait``)."""
-        draws = places.chance.at(places.count, 0, 1)
-        none = places.words[:, :0]
-        word, closed = self.race.winners(places.hidden[:, None], draws, places.said, none, 0)
-        word, started = word[:, 0], places.running & closed[:, 0]
-        if wait and self.race.listed:
-            for row in (places.running & ~started).nonzero()[:, 0].tolist():
-                later = places.chance.later(row, int(places.count[row]))
-                word[row] = self.race.to_the_end(places.hidden[row], draws, places.said, row, later)
-            started = places.running
-        return word, self._values(places.hidden, word, draws.values[:, 0]), started
+    def _next_token(self, slots: DecodingSlots, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each row's certain next token and value, and which rows have one (all that run, if ``wait``)."""
+        noise = slots.noise.read(slots.count, 0, 1)
+        no_draft = slots.tokens[:, :0]
+        token, decided = self.sampler.sample(slots.hidden[:, None], noise, slots.excluded, no_draft, 0)
+        token, started = token[:, 0], slots.running & decided[:, 0]
+        if wait and self.sampler.lazy:
+            for slot in (slots.running & ~started).nonzero()[:, 0].tolist():
+                beyond = slots.noise.times_beyond(slot, int(slots.count[slot]))
+                token[slot] = self.sampler.finish(slots.hidden[slot], noise, slots.excluded, slot, beyond)
+            started = slots.running
+        return token, self._pick_value(slots.hidden, token, noise.values[:, 0]), started
 
-    def _guess(self, places: _DecodingSlots, word: Tensor, value: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """``number`` words and values ``[B, number]``: the one that is said next, then those foreseen."""
-        draws = places.chance.at(places.count, 1, number - 1)
-        return self.outlook.guess(
-            self.race, draws, places.said, places.average, places.inputs, word, value, values_drawn=self.values_drawn
+    def _draft(self, slots: DecodingSlots, token: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return ``length`` tokens and values ``[B, length]``: the certain next one, then drafted ones."""
+        return self.draft_model.draft(
+            self.sampler,
+            slots.noise.read(slots.count, 1, length - 1),
+            slots.excluded,
+            slots.mean_hidden,
+            slots.mean_input,
+            token,
+            value,
+            sample_values=self.sample_values,
         )
 
-    def _keep(self, places: _DecodingSlots, word: Tensor, value: Tensor, states: Tensor, kept: Tensor) -> None:
-        """Count the first ``kept`` words of each row as said."""
-        drafted = word.shape[1]
-        column = torch.arange(drafted, device=kept.device)
+    def _pick_value(self, hidden: Tensor, token: Tensor, noise: Tensor) -> Tensor:
+        picked = pick_value(self.network, hidden, token, noise if self.sample_values else None)
+        return picked.masked_fill(token == self.end, 0)
+
+    def _keep(self, slots: DecodingSlots, token: Tensor, value: Tensor, hidden: Tensor, kept: Tensor) -> None:
+        """Add the first ``kept`` tokens of each row to its sentence, and forget that the network read the others."""
+        column = torch.arange(token.shape[1], device=kept.device)
         real = column < kept[:, None]
-        at = places.count[:, None] + column  # what lies beyond the words kept is written over, or never looked at
-        places.words.scatter_(1, at, word)
-        places.values.scatter_(1, at, value)
-        places.said |= torch.zeros_like(places.said).scatter_(
-            1, word.where(real, word[:, :1]), (kept[:, None] > 0).expand_as(word)
+        index = slots.count[:, None] + column  # what lies beyond the tokens kept is overwritten, or never looked at
+        slots.tokens.scatter_(1, index, token)
+        slots.values.scatter_(1, index, value)
+        slots.excluded |= torch.zeros_like(slots.excluded).scatter_(
+            1, token.where(real, token[:, :1]), (kept[:, None] > 0).expand_as(token)
         )
-        places.cache.accept(kept)
+        slots.cache.accept(kept)
         last = (kept - 1).clamp(min=0)[:, None]
-        newest = states.gather(1, last[..., None].expand(-1, 1, states.shape[2]))[:, 0]
-        places.hidden = torch.where((kept > 0)[:, None], newest, places.hidden)
-        if self.pace.fixed != 1:
-            self._look_back(places, word, value, states, real[..., None])
-        ended = (word.gather(1, last)[:, 0] == self.end) & (kept > 0)
-        places.count = places.count + kept
-        places.running = places.running & ~ended & (places.count < places.limit)
+        newest = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[2]))[:, 0]
+        slots.hidden = torch.where((kept > 0)[:, None], newest, slots.hidden)
+        if self.draft_length.fixed != 1:
+            self._teach_draft_model(slots, token, value, hidden, real[..., None])
+        ended = (token.gather(1, last)[:, 0] == self.end) & (kept > 0)
+        slots.count = slots.count + kept
+        slots.running = slots.running & ~ended & (slots.count < slots.limit)
 
-    def _look_back(self, places: _DecodingSlots, word: Tensor, value: Tensor, states: Tensor, real: Tensor) -> None:
-        """Learn from the states of words kept, from which the next ones are guessed."""
-        states, inputs = states.float(), self.outlook.inputs(word, value)
-        self.outlook.learn(
-            ((states - places.average[:, None]) * real).flatten(0, 1),
-            ((inputs - places.inputs[:, None]) * real).flatten(0, 1),
-            self.tally.words,
+    def _teach_draft_model(
+        self, slots: DecodingSlots, token: Tensor, value: Tensor, hidden: Tensor, real: Tensor
+    ) -> None:
+        """Let the draft model learn from tokens kept, and update the means from which it predicts."""
+        hidden, inputs = hidden.float(), self.draft_model.inputs(token, value)
+        self.draft_model.update(
+            ((hidden - slots.mean_hidden[:, None]) * real).flatten(0, 1),
+            ((inputs - slots.mean_input[:, None]) * real).flatten(0, 1),
+            self.stats.tokens,
         )
-        before = places.count.clamp(max=AVERAGED)[:, None]
+        before = slots.count.clamp(max=AVERAGED_TOKENS)[:, None]
         number = (before + real.sum(1)).clamp(min=1)
-        places.average = (places.average * before + (states * real).sum(1)) / number
-        places.inputs = (places.inputs * before + (inputs * real).sum(1)) / number
-
-    def _values(self, hidden: Tensor, word: Tensor, noise: Tensor) -> Tensor:
-        picked = pick_value(self.network, hidden, word, noise if self.values_drawn else None)
-        return picked.masked_fill(word == self.end, 0)
+        slots.mean_hidden = (slots.mean_hidden * before + (hidden * real).sum(1)) / number
+        slots.mean_input = (slots.mean_input * before + (inputs * real).sum(1)) / number

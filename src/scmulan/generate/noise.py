@@ -1,13 +1,15 @@
-"""Random numbers of rows that are being written: for each word of a row its own, drawn from the row's own stream.
+"""Random numbers of the Gumbel-max trick, one stream per row, so that a cell depends on its seed only.
 
-The next word is the first to arrive in a race: each word arrives after standard-exponential time divided by its weight,
-which makes the chance of being first proportional to the weight (in logarithms: the largest log-weight + Gumbel
-noise). Where no gene weighs more than one, most of the race need not be run: *visits* of genes, each gene's at rate
-one, come from a list; a gene that is visited at time t arrives at t / weight, never before its visit; so once some word
-has arrived before the list's last visit, no gene beyond the list can be the first. A few dozen visits then stand for
-thousands of genes. Otherwise every word has its noise.
+``argmax(log-weight + Gumbel noise)`` is a draw in proportion to the weights. Written as a race it reads: each token
+arrives after a standard-exponential time divided by its weight, and the first arrival is the draw.
 
-What is drawn for a word's place depends on the stream and the place only, not on how many places are drawn at once.
+Full noise is one number for each token of the vocabulary. Where no gene weighs more than one, a short *candidate list*
+does (lazy Gumbel sampling, after Mussmann et al. 2017): genes at the events of a Poisson process in which each gene
+comes at rate one. A gene that comes first at time t arrives at t / weight, never before t; so once some token has
+arrived before the end of the list (the *horizon*), no gene beyond the list can be the first. Some sixty candidates then
+stand for thousands of genes.
+
+The numbers of a position depend on the stream and the position only, not on how many positions are drawn at once.
 """
 
 from dataclasses import dataclass
@@ -18,51 +20,54 @@ import torch
 from torch import Tensor
 
 from scmulan._numba import compiled
+from scmulan._rng import random_bits
 
-# Places drawn at once.
-CHUNK = 32
-# Visits listed for each place; those of genes that are said already or have little weight come to nothing.
-VISITS = 64
-# Numbers that are made together, in memory that is near.
-BLOCK = 512
+POSITIONS_PER_DRAW = 32
+"""Positions whose numbers are drawn at once."""
+N_CANDIDATES = 64
+"""Length of a candidate list. Genes that are excluded or weigh little come to nothing in it."""
+HASH_BLOCK = 512
+"""Numbers that are hashed together, so that intermediate results stay in the first-level cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noise:
-    """Random numbers of J places of each of B rows, with N words each."""
+    """Random numbers of J positions of each of B rows."""
 
-    words: Tensor
-    """int64 ``[B, J, N]``: who takes part in the race; N = 0 where all words do."""
+    candidates: Tensor
+    """int64 ``[B, J, N]``: genes in the order of their times, then the end token; N = 0 with full noise."""
     times: Tensor
-    """``[B, J, N]``: time of the visit, to be divided by the word's weight, visits of genes in their order and the end
-    word last; where all words take part, ``[B, J, V]``: Gumbel noise of each."""
+    """``[B, J, N]``: standard-exponential time of each candidate, to be divided by its weight; with full noise
+    ``[B, J, V]``, the standard Gumbel noise of each token."""
     horizon: Tensor
-    """``[B, J]``: time until which a list of visits is complete."""
+    """``[B, J]``: time until which a candidate list is complete."""
     values: Tensor
-    """``[B, J, levels]``, standard Gumbel: for the value of whichever word is said."""
+    """``[B, J, levels]``: standard Gumbel noise that draws the value of whichever token is chosen."""
 
 
 class NoiseBuffer:
-    """Random numbers kept in a ring of places for each row.
+    """Ring buffer of noise, one stream per row.
 
     Parameters
     ----------
     rows
         Number of rows.
     genes
-        int64: words that may be said, other than the end word.
+        int64: genes that may be drawn.
     end
-        The end word where it takes part in the race.
+        The end token where it competes; None where it does not.
     levels
         Number of values.
     vocabulary
-        Number of words.
-    listed
-        Whether a list of visits stands for the race: no gene's weight may exceed one.
-    ring
-        Places that are kept, at least one chunk more than are asked for at a time.
+        Number of tokens.
+    lazy
+        Draw candidate lists instead of full noise; no gene's weight may exceed one.
+    capacity
+        Positions that are kept of each row; at least one draw more than are read at a time.
     device
-        Where they are wanted.
+        Where the numbers are needed.
+    n_candidates
+        Length of a candidate list. Another length draws other cells.
     """
 
     def __init__(
@@ -73,30 +78,32 @@ class NoiseBuffer:
         *,
         levels: int,
         vocabulary: int,
-        listed: bool,
-        ring: int,
+        lazy: bool,
+        capacity: int,
         device: torch.device,
+        n_candidates: int = N_CANDIDATES,
     ) -> None:
-        self.genes, self.end, self.levels, self.listed, self.device = genes, end, levels, listed, device
-        self.ring = -(-ring // CHUNK) * CHUNK
-        self.width = VISITS + (end is not None) if listed else vocabulary
+        self.genes, self.end, self.levels, self.lazy, self.device = genes, end, levels, lazy, device
+        self.n_candidates = n_candidates
+        self.capacity = -(-capacity // POSITIONS_PER_DRAW) * POSITIONS_PER_DRAW
+        width = n_candidates + (end is not None) if lazy else vocabulary
         self._streams: list[np.random.Generator | None] = [None] * rows
         self._keys = [(0, 0)] * rows
         self._drawn = np.zeros(rows, dtype=np.int64)
-        self.times = torch.ones(rows, self.ring, self.width, device=device)
-        self.words = torch.zeros(rows, self.ring, self.width if listed else 0, dtype=torch.int64, device=device)
-        self.horizon = torch.full((rows, self.ring), torch.inf, device=device)
-        self.values = torch.zeros(rows, self.ring, levels, device=device)
+        self.times = torch.ones(rows, self.capacity, width, device=device)
+        self.candidates = torch.zeros(rows, self.capacity, width if lazy else 0, dtype=torch.int64, device=device)
+        self.horizon = torch.full((rows, self.capacity), torch.inf, device=device)
+        self.values = torch.zeros(rows, self.capacity, levels, device=device)
 
-    def seat(self, row: int, seed: int, number: int) -> np.random.Generator:
-        """Begin the stream ``(seed, number)`` in a row; numbers drawn from what is returned come before all places."""
+    def start(self, row: int, seed: int, number: int) -> np.random.Generator:
+        """Start the stream ``(seed, number)`` in a row; return it, for what is drawn before the positions."""
         self._streams[row] = stream = np.random.default_rng([seed, number])
         self._keys[row] = (seed, number)
         self._drawn[row] = 0
         return stream
 
-    def provide(self, counts: np.ndarray, ahead: int) -> None:
-        """Make sure that each row has numbers for ``ahead`` places from its count on."""
+    def fill(self, counts: np.ndarray, ahead: int) -> None:
+        """Draw what is missing of ``ahead`` positions of each row, from its count (int64 ``[rows]``) on."""
         for row in np.flatnonzero(self._drawn < counts + ahead):
             while self._drawn[row] < counts[row] + ahead:
                 self._draw(int(row))
@@ -106,54 +113,61 @@ class NoiseBuffer:
         if stream is None:
             self._drawn[row] = np.iinfo(np.int64).max
             return
-        start = int(self._drawn[row] % self.ring)
-        slots = slice(start, start + CHUNK)
-        ending = self.end is not None
-        if self.listed:
-            genes = self.genes[stream.integers(len(self.genes), size=(CHUNK, VISITS))]
-            drawn = exponentials(stream, (CHUNK, VISITS + ending + self.levels))
-            visits = np.cumsum(drawn[:, :VISITS], axis=1)
-            visits /= np.float32(len(self.genes))
-            _put(self.words[row, slots, :VISITS], genes)
-            _put(self.times[row, slots, :VISITS], visits)
-            _put(self.horizon[row, slots], visits[:, -1])
+        start = int(self._drawn[row] % self.capacity)
+        positions = slice(start, start + POSITIONS_PER_DRAW)
+        if self.lazy:
+            n = self.n_candidates
+            genes = self.genes[stream.integers(len(self.genes), size=(POSITIONS_PER_DRAW, n))]
+            drawn = exponentials(stream, (POSITIONS_PER_DRAW, n + (self.end is not None) + self.levels))
+            times = np.cumsum(drawn[:, :n], axis=1)
+            times /= np.float32(len(self.genes))
+            _copy_to(self.candidates[row, positions, :n], genes)
+            _copy_to(self.times[row, positions, :n], times)
+            _copy_to(self.horizon[row, positions], times[:, -1])
             if self.end is not None:
-                self.words[row, slots, VISITS:] = self.end
-                _put(self.times[row, slots, VISITS:], drawn[:, VISITS : VISITS + 1])
+                self.candidates[row, positions, n:] = self.end
+                _copy_to(self.times[row, positions, n:], drawn[:, n : n + 1])
         else:
-            drawn = exponentials(stream, (CHUNK, self.width + self.levels))
-            _put(self.times[row, slots], -np.log(drawn[:, : self.width]))
-        _put(self.values[row, slots], -np.log(drawn[:, drawn.shape[1] - self.levels :]))
-        self._drawn[row] += CHUNK
+            width = self.times.shape[2]
+            drawn = exponentials(stream, (POSITIONS_PER_DRAW, width + self.levels))
+            _copy_to(self.times[row, positions], -np.log(drawn[:, :width]))
+        _copy_to(self.values[row, positions], -np.log(drawn[:, drawn.shape[1] - self.levels :]))
+        self._drawn[row] += POSITIONS_PER_DRAW
 
-    def at(self, count: Tensor, first: int, places: int) -> Noise:
-        """Numbers of ``places`` places of each row, from ``first`` after its count (int64 ``[rows]``) on."""
-        slot = (count[:, None] + torch.arange(first, first + places, device=self.device)) % self.ring
-        row = torch.arange(len(count), device=self.device)[:, None]
-        rings = {"words": self.words, "times": self.times, "horizon": self.horizon, "values": self.values}
-        return Noise(**{name: ring[row, slot] for name, ring in rings.items()})
+    def read(self, counts: Tensor, first: int, n: int) -> Noise:
+        """Return the noise of ``n`` positions of each row, from ``first`` after its count (int64 ``[rows]``) on."""
+        slot = (counts[:, None] + torch.arange(first, first + n, device=self.device)) % self.capacity
+        row = torch.arange(len(counts), device=self.device)[:, None]
+        return Noise(
+            candidates=self.candidates[row, slot],
+            times=self.times[row, slot],
+            horizon=self.horizon[row, slot],
+            values=self.values[row, slot],
+        )
 
-    def later(self, row: int, place: int) -> Tensor:
-        """Time from the horizon of a place to each gene's next visit (``[genes]``)."""
-        stream = np.random.default_rng([*self._keys[row], 1 + place])
+    def times_beyond(self, row: int, position: int) -> Tensor:
+        """Return the time from the horizon of a position to each gene's next event, ``[genes]``."""
+        stream = np.random.default_rng([*self._keys[row], 1 + position])
         return torch.from_numpy(exponentials(stream, (len(self.genes),))).to(self.device)
 
-    def select(self, rows: np.ndarray) -> None:
-        """Keep some rows only."""
-        at = torch.from_numpy(rows).to(self.device)
-        self.times, self.words = self.times[at], self.words[at]
-        self.horizon, self.values = self.horizon[at], self.values[at]
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Forget all rows but some."""
+        index = torch.from_numpy(rows).to(self.device)
+        self.times, self.candidates = self.times[index], self.candidates[index]
+        self.horizon, self.values = self.horizon[index], self.values[index]
         self._streams = [self._streams[row] for row in rows]
         self._keys = [self._keys[row] for row in rows]
         self._drawn = self._drawn[rows]
 
 
 def exponentials(stream: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard-exponential numbers in float32, the small ones in steps of 2⁻³².
+    """Draw standard-exponential numbers, float32; small ones in steps of 2⁻³².
 
-    numpy's have 23 bits in all, some are zero: among thousands of words one that is as good as impossible would win a
-    race now and then; and drawing them takes longer than a small network needs for a word. Here the stream gives a key,
-    and 32 bits of each number are its place hashed with the key.
+    Notes
+    -----
+    The stream gives a key; 32 bits of each number are its index hashed with the key. numpy's own have 23 bits in all
+    and some are zero, so that among thousands of tokens one that is as good as impossible would be drawn now and then;
+    and they take ten times as long (8.8 ns against 0.9), more than a small network needs for a token.
     """
     out = np.empty(shape, dtype=np.float32)
     _exponentials(stream.integers(2**64, dtype=np.uint64), out.reshape(-1))
@@ -162,18 +176,15 @@ def exponentials(stream: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
 
 @compiled(error_model="numpy", fastmath={"contract", "nsz"})
 def _exponentials(key: Any, out: np.ndarray) -> None:
-    """Fill in −log(1 − v) with v uniform: SplitMix64 (Steele, Lea and Flood 2014), then Cephes' logarithm."""
-    bits = np.empty(BLOCK, np.uint32)
-    rest, taken = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    """Fill in −log(1 − v) with v uniform, by the logarithm of Cephes: loops that the compiler makes SIMD of."""
+    bits = np.empty(HASH_BLOCK, np.uint32)
+    rest, taken = np.empty(HASH_BLOCK, np.float32), np.empty(HASH_BLOCK, np.float32)
     as_bits, mantissa = rest.view(np.int32), bits.view(np.float32)
-    for start in range(0, len(out), BLOCK):
-        number = min(BLOCK, len(out) - start)
+    for start in range(0, len(out), HASH_BLOCK):
+        number = min(HASH_BLOCK, len(out) - start)
         numbers = out[start : start + number]
         for i in range(number):
-            z = key + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            bits[i] = (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+            bits[i] = random_bits(key, start + i) >> np.uint64(32)
         for i in range(number):
             v = min((np.float32(bits[i]) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
             numbers[i] = v
@@ -196,13 +207,13 @@ def _exponentials(key: Any, out: np.ndarray) -> None:
             p = p * m + np.float32(3.3333331174e-1)
             square = m * m
             log = (p * m - np.float32(0.5)) * square + m + e * np.float32(0.6931471805599453)
-            # 1 − v was rounded; the logarithm of what is near 1 is in proportion to what was really taken off.
+            # 1 − v was rounded. Near 1 the logarithm is proportional to v: correct by what was really taken off.
             numbers[i] = -log * (v / taken[i]) if taken[i] > 0 else v
 
 
-def _put(ring: Tensor, numbers: np.ndarray) -> None:
-    """Write numbers into a part of a ring, without torch's overhead where the memory is the host's."""
-    if ring.device.type == "cpu":
-        ring.numpy()[...] = numbers
+def _copy_to(buffer: Tensor, numbers: np.ndarray) -> None:
+    """Copy numbers into a part of the buffer, without torch's overhead where it lies in the memory of the host."""
+    if buffer.device.type == "cpu":
+        buffer.numpy()[...] = numbers
     else:
-        ring.copy_(torch.from_numpy(numbers))
+        buffer.copy_(torch.from_numpy(numbers))

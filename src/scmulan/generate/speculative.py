@@ -1,20 +1,22 @@
-"""Several words of each cell in one pass, exactly as if they had been written one by one.
+"""Speculative sampling: several tokens of each row in one pass, the same ones as token by token.
 
-A set's next-word distribution hardly changes after one word. So the coming words are guessed: each is the winner of its
-own race (:mod:`scmulan.generate.noise`) if weights stay as they are, with the value that follows from its own noise.
-One pass of the network reads all of them; then each is compared with the word and value that the network, having read
-those before it, really says in the same race with the same noise. The words up to the first difference are kept, and
-the true word in its place begins the next pass.
+Speculative sampling (Leviathan et al. 2023) drafts the coming tokens cheaply and lets one pass of the network verify
+all of them. Here both use the same noise::
 
-A kept word is the word that would have been written one by one, not merely one of the same distribution: a cell is a
-function of its seed, whatever number of words is guessed, however good the guesses are and whichever rows it is
-written beside. That is what lets the number be chosen by the clock on the wall (:class:`DraftLength`). It costs a
-little acceptance against the usual rule of speculative sampling, which needs fresh chance at each refusal and so
-writes other cells with every other number.
+    draft    argmax(predicted log-weights + noise)   for the next k positions, without the network
+    verify   argmax(computed log-weights  + noise)   for the same positions, in one pass
+    keep     tokens up to the first that differs, value included; the verified one there begins the next pass
+
+A cell's next-token distribution hardly changes after one token, so most drafts are right. What is kept is the very
+token that decoding one by one would have given, not only one of the same distribution: a cell is a function of its
+seed, whatever the draft length, the quality of the draft and the rows beside it. That is why the length may follow the
+clock (:class:`DraftLength`). The usual rule of acceptance draws anew at each refusal; it accepts a little more, and
+gives other cells with every other draft length.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,316 +24,347 @@ from torch import Tensor
 
 from scmulan._numba import compiled
 from scmulan.generate.noise import Noise
-from scmulan.generate.sampling import GumbelSampler, dot, pick_value, run_race
+from scmulan.generate.sampling import Candidates, EntityHead, GumbelSampler, dot, pick_value, sample_token
 from scmulan.model.network import Mulan
 
-MOST = 32
-# What is tried first; later now and then half or double of the best.
-FIRST = (8, 2, 16, 4)
-PROBE = 16
-# Share of what was measured that is remembered after one more pass.
-MEMORY = 0.93
-# Words per unit of width from which the outlook learns.
-LEARNED = 128
+MAX_DRAFT_LENGTH = 32
+"""Most tokens that are read per row and pass."""
+INITIAL_DRAFT_LENGTHS = (8, 2, 16, 4)
+"""Lengths of the first passes, from which the cost of a pass is fitted."""
+PROBE_INTERVAL = 16
+"""Every so many passes, half or double of the best length is tried."""
+THROUGHPUT_DECAY = 0.93
+"""Weight of earlier measurements after one more pass."""
+TOKENS_PER_WIDTH = 128
+"""Tokens per unit of the network's width from which the draft model learns."""
 RIDGE = 0.3
+"""Ridge penalty, in units of the mean variance of the inputs."""
 
 
-def agrees(word: Tensor, value: Tensor, true_word: Tensor, true_value: Tensor) -> Tensor:
-    """Whether a guessed word with its value is what is said one by one: the one rule of acceptance."""
-    return (word == true_word) & (value == true_value)
+def is_accepted(token: Tensor, value: Tensor, true_token: Tensor, true_value: Tensor) -> Tensor:
+    """Tell whether drafted tokens with their values are those that decoding one by one gives."""
+    return (token == true_token) & (value == true_value)
 
 
 class DraftModel:
-    """What the coming states will be like, foreseen from the last ones without the network.
+    """Ridge regression that predicts the next hidden states from the last ones, without the network.
 
-    A state differs from the mean of those before it mostly by the word that was just read there, and that difference
-    is nearly linear in the word's embedding. Its matrix is fitted by ridge regression to the states of words kept so
-    far: without it, values of two guessed words in a row are right in nine of ten cases at best.
+    A hidden state differs from the mean of those before it mostly by a linear image of the token just read::
+
+        hidden[t] ≈ mean(hidden) + (input[t] − mean(input)) @ coefficients
+
+    with the input embeddings of tokens and values. The coefficients are fitted to the tokens kept so far. From the mean
+    alone, values of two drafted tokens in a row are right in nine of ten cases at best.
 
     Parameters
     ----------
     network
-        The network whose states are foreseen.
+        The network whose hidden states are predicted.
+    ridge
+        Penalty, see :data:`RIDGE`.
     """
 
-    def __init__(self, network: Mulan) -> None:
-        self.network = network
+    def __init__(self, network: Mulan, *, ridge: float = RIDGE) -> None:
+        self.network, self.ridge = network, ridge
         width, weight = network.config.width, network.word.weight
-        self.effect: Tensor | None = None
+        self.coefficients: Tensor | None = None
+        """``[W, W]``; None until there was enough to fit them."""
         self._gram = torch.zeros(width, width, device=weight.device)
         self._cross = torch.zeros_like(self._gram)
-        self._word_effect, self._level_effect = torch.zeros(1, width), torch.zeros(1, width)
-        self._fit_at = width
-        self._enough = LEARNED * width
+        self._token_effect, self._level_effect = torch.zeros(1, width), torch.zeros(1, width)
+        self._next_fit = width
+        self._max_tokens = TOKENS_PER_WIDTH * width
 
-    def inputs(self, word: Tensor, value: Tensor) -> Tensor:
-        """What the network adds up at the input for words and their values: float32 ``[..., W]``."""
-        return (self.network.word(word) + self.network.level(value)).float()
+    def inputs(self, token: Tensor, value: Tensor) -> Tensor:
+        """Return the input embeddings of tokens with their values, float32 ``[..., W]``."""
+        return (self.network.word(token) + self.network.level(value)).float()
 
-    def guess(
+    def draft(
         self,
-        race: GumbelSampler,
-        draws: Noise,
-        said: Tensor,
+        sampler: GumbelSampler,
+        noise: Noise,
+        excluded: Tensor,
         mean: Tensor,
         mean_input: Tensor,
-        word: Tensor,
+        token: Tensor,
         value: Tensor,
         *,
-        values_drawn: bool,
+        sample_values: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Words and values ``[B, 1 + J]`` of each row: the one that is said next, then J guesses.
+        """Draft tokens and values ``[B, 1 + J]`` of each row: the certain next one, then J predicted ones.
 
         Parameters
         ----------
-        race, draws, said
-            The races of the J places, and words that must not be said.
+        sampler, noise, excluded
+            As for :meth:`GumbelSampler.sample <scmulan.generate.sampling.GumbelSampler.sample>`, of J positions.
         mean, mean_input
-            ``[B, W]``: of the states and inputs of the last words.
-        word, value
-            int64 ``[B]``: what is said next.
-        values_drawn
-            Whether values are drawn from the bins' distribution.
+            ``[B, W]``: means of the last hidden states and inputs.
+        token, value
+            int64 ``[B]``: the next token and its value.
+        sample_values
+            Draw values from their distribution.
         """
-        if race.compiled:
-            return self._compiled(race, draws, said, mean, mean_input, word, value, values_drawn)
-        words = race.guesses(mean.to(self.network.word.weight.dtype), draws, said, word)
-        noise = draws.values if values_drawn else None
-        return words, self.values(mean, mean_input, words, value, noise, race.end)
+        if sampler.compiled:
+            return self._draft_compiled(sampler, noise, excluded, mean, mean_input, token, value, sample_values)
+        tokens = sampler.draft(mean.to(self.network.word.weight.dtype), noise, excluded, token)
+        value_noise = noise.values if sample_values else None
+        return tokens, self.draft_values(mean, mean_input, tokens, value, value_noise, sampler.end)
 
-    def _compiled(
+    def _draft_compiled(
         self,
-        race: GumbelSampler,
-        draws: Noise,
-        said: Tensor,
+        sampler: GumbelSampler,
+        noise: Noise,
+        excluded: Tensor,
         mean: Tensor,
         mean_input: Tensor,
-        word: Tensor,
+        token: Tensor,
         value: Tensor,
-        values_drawn: bool,
+        sample_values: bool,
     ) -> tuple[Tensor, Tensor]:
         network = self.network
-        base = mean if self.effect is None else mean - mean_input @ self.effect
-        words = torch.cat((word[:, None], word.new_empty(len(word), draws.words.shape[1])), 1)
-        values = torch.cat((value[:, None], torch.zeros_like(words[:, 1:])), 1)
-        none = torch.zeros(network.config.vocabulary)
-        foresee(
-            base.numpy(), self._word_effect.numpy(), self._level_effect.numpy(), *race.vectors,
-            network.value_head.weight.detach().numpy(),
-            (none if network.value_bias is None else network.value_bias.detach()).numpy(),
-            (none if network.log_scale is None else network.log_scale.detach()).numpy(),
-            draws.words.numpy(), draws.times.numpy(), draws.values.numpy(), said.numpy(), race.end,
-            self.effect is not None, values_drawn, words.numpy(), values.numpy(),
-        )  # fmt: skip
-        return words, values
+        n = noise.candidates.shape[1]
+        tokens = torch.cat((token[:, None], token.new_empty(len(token), n)), 1)
+        values = torch.cat((value[:, None], value.new_zeros(len(value), n)), 1)
+        zeros = torch.zeros(network.config.vocabulary)
+        base = mean if self.coefficients is None else mean - mean_input @ self.coefficients
+        draft_rows(
+            Prediction(
+                base.numpy(), self._token_effect.numpy(), self._level_effect.numpy(), self.coefficients is not None
+            ),
+            sampler.head(),
+            ValueHead(
+                network.value_head.weight.detach().numpy(),
+                (zeros if network.value_bias is None else network.value_bias.detach()).numpy(),
+                (zeros if network.log_scale is None else network.log_scale.detach()).numpy(),
+                sample_values,
+            ),
+            sampler.candidates(noise, excluded),
+            noise.values.numpy(),
+            tokens.numpy(),
+            values.numpy(),
+        )
+        return tokens, values
 
-    def values(
-        self, mean: Tensor, mean_input: Tensor, word: Tensor, first: Tensor, noise: Tensor | None, end: int
+    def draft_values(
+        self, mean: Tensor, mean_input: Tensor, token: Tensor, first: Tensor, noise: Tensor | None, end: int
     ) -> Tensor:
-        """Values of guessed words, each foreseen from the word before it and that one's value: int64 ``[B, k]``.
+        """Draft the values of drafted tokens, each predicted from the token before it and its value: int64 ``[B, k]``.
 
         Parameters
         ----------
         mean, mean_input
-            ``[B, W]``: of the states and inputs of the last words.
-        word
-            int64 ``[B, k]``: the words.
+            As for :meth:`draft`.
+        token
+            int64 ``[B, k]``.
         first
-            int64 ``[B]``: value of the first one.
+            int64 ``[B]``: value of the first token.
         noise
             ``[B, k − 1, levels]`` of the others, as for :func:`scmulan.generate.sampling.pick_value`.
         end
-            The end word, which has no value.
+            The end token, which has no value.
         """
-        kind = self.network.word.weight.dtype
-        rest = word[:, 1:, None]
-        if self.effect is None:
-            states = mean[:, None, None].expand(*rest.shape, -1)
+        dtype = self.network.word.weight.dtype
+        rest = token[:, 1:, None]
+        if self.coefficients is None:
+            hidden = mean[:, None, None].expand(*rest.shape, -1)
         else:
-            # One state for each value that the word before may have: then only looking up is left for word by word.
-            words = mean[:, None] + (self.network.word(word[:, :-1]).float() - mean_input[:, None]) @ self.effect
-            states = words[:, :, None] + self.network.level.weight.float() @ self.effect
-        picked = pick_value(self.network, states.to(kind), rest, None if noise is None else noise[:, :, None])
+            # One state for each value that the token before may have: what is left to do one by one is looking up.
+            after = mean[:, None] + (self.network.word(token[:, :-1]).float() - mean_input[:, None]) @ self.coefficients
+            hidden = after[:, :, None] + self.network.level.weight.float() @ self.coefficients
+        picked = pick_value(self.network, hidden.to(dtype), rest, None if noise is None else noise[:, :, None])
         picked = picked.masked_fill(rest == end, 0)
         values = [first]
         for j in range(rest.shape[1]):
-            before = values[-1][:, None] if self.effect is not None else torch.zeros_like(first)[:, None]
+            before = values[-1][:, None] if self.coefficients is not None else torch.zeros_like(first)[:, None]
             values.append(picked[:, j].gather(1, before)[:, 0])
         return torch.stack(values, 1)
 
-    def learn(self, difference: Tensor, input_difference: Tensor, words: int) -> None:
-        """Take note of states and inputs, less their means ``[N, W]`` (zero where they do not count).
+    def update(self, difference: Tensor, input_difference: Tensor, n_tokens: int) -> None:
+        """Learn from hidden states and inputs, less their means: ``[N, W]``, zero where they do not count.
 
         Parameters
         ----------
         difference, input_difference
-            Of the state after each word, and of the word's input.
-        words
-            Words seen before, over all calls.
+            Of the hidden state after each token, and of the token's input.
+        n_tokens
+            Tokens seen before, over all calls.
         """
-        if words >= self._enough:
+        if n_tokens >= self._max_tokens:
             return
         self._gram += input_difference.T @ input_difference
         self._cross += input_difference.T @ difference
-        if words >= self._fit_at:
-            self._fit_at = 3 * words // 2
-            gram, cross = self._gram.cpu().double(), self._cross.cpu().double()
-            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-            self.effect = torch.linalg.solve(gram + ridge, cross).float().to(self._gram.device)
-            if self._gram.device.type == "cpu":
-                self._word_effect = self.network.word.weight.detach().float() @ self.effect
-                self._level_effect = self.network.level.weight.detach().float() @ self.effect
+        if n_tokens >= self._next_fit:
+            self._next_fit = 3 * n_tokens // 2
+            self._fit()
+
+    def _fit(self) -> None:
+        gram, cross = self._gram.cpu().double(), self._cross.cpu().double()
+        penalty = self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        self.coefficients = torch.linalg.solve(gram + penalty, cross).float().to(self._gram.device)
+        if self._gram.device.type == "cpu":
+            self._token_effect = self.network.word.weight.detach().float() @ self.coefficients
+            self._level_effect = self.network.level.weight.detach().float() @ self.coefficients
+
+
+class Prediction(NamedTuple):
+    """Hidden states as the draft model predicts them, on the host: base + effect of the token and of its value."""
+
+    base: np.ndarray
+    token_effect: np.ndarray
+    level_effect: np.ndarray
+    is_fitted: bool
+
+
+class ValueHead(NamedTuple):
+    """Value head on the host: weights ``[V, W]``, biases ``[V]``, log-scales ``[V]``, and whether values are drawn."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    log_scale: np.ndarray
+    sample: bool
 
 
 @compiled()
-def foresee(
-    base: np.ndarray,
-    word_effect: np.ndarray,
-    level_effect: np.ndarray,
-    head: np.ndarray,
-    bias: np.ndarray,
-    value_head: np.ndarray,
-    value_bias: np.ndarray,
-    log_scale: np.ndarray,
-    listed: np.ndarray,
-    times: np.ndarray,
-    noise: np.ndarray,
-    said: np.ndarray,
-    end: int,
-    moved: bool,
-    values_drawn: bool,
-    words: np.ndarray,
+def draft_rows(
+    prediction: Prediction,
+    head: EntityHead,
+    value_head: ValueHead,
+    candidates: Candidates,
+    value_noise: np.ndarray,
+    tokens: np.ndarray,
     values: np.ndarray,
 ) -> None:
-    """Fill in guessed words and values, one after the other; what decides about them is not computed here."""
-    levels = noise.shape[2]
-    for b in range(len(words)):
-        state = base[b].copy()
-        for j in range(1, words.shape[1]):
-            if moved:
-                state[:] = base[b] + word_effect[words[b, j - 1]] + level_effect[values[b, j - 1]]
-            word, _ = run_race(state, head, bias, listed[b, j - 1], times[b, j - 1], said[b], words[b, :j], end)
-            words[b, j] = word
-            if word == end:
+    """Fill in drafted tokens and values one after the other; every one of them is verified later."""
+    levels = value_noise.shape[2]
+    for b in range(len(tokens)):
+        base = prediction.base[b]
+        hidden = base.copy()
+        for j in range(1, tokens.shape[1]):
+            if prediction.is_fitted:
+                hidden[:] = base + prediction.token_effect[tokens[b, j - 1]] + prediction.level_effect[values[b, j - 1]]
+            token, _ = sample_token(hidden, head, candidates, b, j - 1, tokens[b, :j])
+            tokens[b, j] = token
+            if token == candidates.end:
                 continue
-            mean = dot(state, value_head[word]) + value_bias[word]
-            if not values_drawn:
+            mean = dot(hidden, value_head.weight[token]) + value_head.bias[token]
+            if not value_head.sample:
                 values[b, j] = min(max(np.round(mean), 0), levels)
                 continue
-            scale, best, below = np.exp(log_scale[word]), -np.inf, 0.0
+            scale, best, below = np.exp(value_head.log_scale[token]), -np.inf, 0.0
             for level in range(1, levels + 1):
                 above = 1 / (1 + np.exp((mean - level - 0.5) / scale)) if level < levels else 1.0
-                score = np.log(max(above - below, 1e-30)) + noise[b, j - 1, level - 1]
+                score = np.log(max(above - below, 1e-30)) + value_noise[b, j - 1, level - 1]
                 if score > best:
                     best, values[b, j] = score, level
                 below = above
 
 
-def expected_words(acceptance: float, drafted: int) -> float:
-    """Words kept of ``drafted`` ones, the first of which always is, where each next one is with one chance."""
-    return float(drafted) if acceptance >= 1 else (1 - acceptance**drafted) / (1 - acceptance)
+def expected_tokens(acceptance: float, draft_length: int) -> float:
+    """Compute how many drafted tokens are kept on average: the first always, each next one with one probability."""
+    return float(draft_length) if acceptance >= 1 else (1 - acceptance**draft_length) / (1 - acceptance)
 
 
 @dataclass(kw_only=True, slots=True)
 class DraftStats:
-    """What was drafted and what was kept of it."""
+    """Counts of what was drafted and kept."""
 
     passes: int = 0
     """Passes of the network, over all rows at once."""
     row_passes: int = 0
     """Passes of each row added up."""
-    words: int = 0
-    """Words kept."""
-    compared: int = 0
-    """Guessed words whose predecessors were all right."""
-    right: int = 0
-    """Those of them that were right too."""
+    tokens: int = 0
+    """Tokens kept."""
+    verified: int = 0
+    """Drafted tokens whose predecessors were all accepted."""
+    accepted: int = 0
+    """Those of them that were accepted too."""
     seconds: float = 0.0
     """Time of all passes."""
-    drafts: dict[int, int] = field(default_factory=dict)
-    """Passes with each number of words."""
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Passes by draft length."""
 
     @property
-    def words_per_pass(self) -> float:
-        """Words that one pass adds to a row."""
-        return self.words / max(self.row_passes, 1)
+    def tokens_per_pass(self) -> float:
+        """Tokens that one pass adds to a row."""
+        return self.tokens / max(self.row_passes, 1)
 
     @property
     def acceptance(self) -> float:
-        """Chance of a guessed word to be right, its predecessors being so."""
-        return self.right / max(self.compared, 1)
+        """Probability that a drafted token is accepted, its predecessors being so."""
+        return self.accepted / max(self.verified, 1)
 
 
 class DraftLength:
-    """How many words to draft: those that bring most words per second on this machine, as measured while writing.
+    """Chooses the draft length with most tokens per second on this machine, measured while decoding.
 
-    Words per pass follow from the share of guesses that are right; seconds per pass are fitted by a straight line in
-    the number of words that it reads, all rows together.
+    Tokens per pass follow from the acceptance; seconds per pass are fitted by a straight line in the number of tokens
+    that it reads, over all rows. Both forget slowly, so that a machine may change.
 
     Parameters
     ----------
-    draft
-        A number that stays; None chooses.
+    fixed
+        A length that stays; None chooses.
     """
 
-    def __init__(self, draft: int | None) -> None:
-        self.fixed = draft
-        self.tally = DraftStats()
-        self._seen = 0
-        self._right = self._compared = 0.0
-        self._sums = [0.0] * 5  # of 1, n, n², t, n t with n words read in t seconds
+    def __init__(self, fixed: int | None) -> None:
+        self.fixed = fixed
+        self.stats = DraftStats()
+        self._updates = 0
+        self._accepted = self._verified = 0.0
+        self._sums = [0.0] * 5  # of 1, n, n², t, n t with n tokens read in t seconds
         self._rows = 1.0
-        self._doubling = True
+        self._double = True
 
     def next(self) -> int:
-        """Words to draft in the coming pass."""
+        """Return the length of the coming draft."""
         if self.fixed is not None:
             return self.fixed
-        if self._seen < len(FIRST):
-            return FIRST[self._seen]
+        if self._updates < len(INITIAL_DRAFT_LENGTHS):
+            return INITIAL_DRAFT_LENGTHS[self._updates]
         best = self.best()
-        if self._seen % PROBE:
+        if self._updates % PROBE_INTERVAL:
             return best
-        self._doubling = not self._doubling
-        return max(1, min(MOST, best * 2 if self._doubling else best // 2))
+        self._double = not self._double
+        return max(1, min(MAX_DRAFT_LENGTH, best * 2 if self._double else best // 2))
 
     def best(self) -> int:
-        """Number of words that brings most words per second, by what was measured so far."""
+        """Return the length with most tokens per second by what was measured so far."""
         one, n, nn, t, nt = self._sums
         spread = one * nn - n * n
         slope = max((one * nt - n * t) / spread, 0.0) if spread > 1e-9 else 0.0
         start = max((t - slope * n) / one, 0.0)
-        acceptance = self._right / self._compared if self._compared else 0.9
+        acceptance = self._accepted / self._verified if self._verified else 0.9
         slope *= self._rows
-        return max(range(1, MOST + 1), key=lambda k: expected_words(acceptance, k) / (start + slope * k + 1e-9))
+        lengths = range(1, MAX_DRAFT_LENGTH + 1)
+        return max(lengths, key=lambda k: expected_tokens(acceptance, k) / (start + slope * k + 1e-9))
 
-    def learn(
-        self, drafted: int, seconds: float, *, passes: int, rows: int, words: int, compared: int, right: int
+    def update(
+        self, length: int, seconds: float, *, passes: int, row_passes: int, tokens: int, verified: int, accepted: int
     ) -> None:
-        """Take note of passes that drafted the same number of words.
+        """Count passes of one draft length.
 
         Parameters
         ----------
-        drafted
-            Words read per row and pass.
+        length
+            Tokens read per row and pass.
         seconds
             Time of all these passes.
-        passes, rows, words, compared, right
-            As in :class:`DraftStats`; ``rows`` are row passes.
+        passes, row_passes, tokens, verified, accepted
+            As in :class:`DraftStats`.
         """
-        tally = self.tally
-        tally.passes += passes
-        tally.row_passes += rows
-        tally.words += words
-        tally.compared += compared
-        tally.right += right
-        tally.seconds += seconds
-        tally.drafts[drafted] = tally.drafts.get(drafted, 0) + passes
-        self._seen += 1
-        kept = math.pow(MEMORY, passes)
-        self._right = kept * self._right + right
-        self._compared = kept * self._compared + compared
-        self._rows = max(rows / passes, 1.0)
-        read, each = drafted * self._rows, seconds / passes
-        one = (1.0, read, read**2, each, read * each)
-        self._sums = [kept * old + new for old, new in zip(self._sums, one, strict=True)]
+        stats = self.stats
+        stats.passes += passes
+        stats.row_passes += row_passes
+        stats.tokens += tokens
+        stats.verified += verified
+        stats.accepted += accepted
+        stats.seconds += seconds
+        stats.lengths[length] = stats.lengths.get(length, 0) + passes
+        self._updates += 1
+        decay = math.pow(THROUGHPUT_DECAY, passes)
+        self._accepted = decay * self._accepted + accepted
+        self._verified = decay * self._verified + verified
+        self._rows = max(row_passes / passes, 1.0)
+        read, each = length * self._rows, seconds / passes
+        new = (1.0, read, read**2, each, read * each)
+        self._sums = [decay * old + term for old, term in zip(self._sums, new, strict=True)]

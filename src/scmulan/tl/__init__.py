@@ -1,13 +1,9 @@
-"""Verbs on AnnData: annotate, embed, smooth, generate, perturb.
+"""Verbs on AnnData, in the manner of scanpy: annotate, embed, smooth, generate, perturb.
 
-Each has two faces: a function that changes an AnnData in place, as scanpy's do, and one that returns its results,
-which the command line writes into files of any size. Inputs are read in blocks and never made dense.
+Each changes an AnnData in place, or returns a changed copy (``copy=True``); ``generate`` returns a new one. Inputs are
+read in blocks and never made dense. Importing a verb imports torch; importing this package does not.
 """
 
-from scmulan.tl._annotate import annotate
-from scmulan.tl._embed import embed
-from scmulan.tl._generate import generate
-from scmulan.tl._perturb import perturb
-from scmulan.tl._smooth import smooth
+import lazy_loader
 
-__all__ = ["annotate", "embed", "generate", "perturb", "smooth"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""What is each cell?"""
+"""``scmulan.tl.annotate``: predict cell types with probabilities."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,14 +21,16 @@ from scmulan._keys import (
     UNCERTAIN,
     UNKNOWN,
 )
-from scmulan._progress import Advance as Progress
+from scmulan._progress import SILENT, Advance, Progress
 from scmulan.errors import ModelError
 from scmulan.infer import release_rule
 from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision
 from scmulan.infer.scoring import score_labels
 from scmulan.model.loading import LoadedModel
-from scmulan.tl._blockwise import BlockStore, CellReader, Rule, merge_uns, provenance, run_blocks, without_empty
+from scmulan.tl._block_store import BlockStore
+from scmulan.tl._blockwise import ReadOptions, Rule, run_blocks, zero_if_empty
+from scmulan.tl._record import ModelLike, add_columns, add_record, as_model, in_place_or_copy
 from scmulan.vocab.binning import GeneTokens
 from scmulan.vocab.ontology import Ontology
 from scmulan.vocab.sentences import Sentences
@@ -42,22 +44,27 @@ class Annotation:
     Parameters
     ----------
     obs
-        One row per cell: ``scmulan_cell_type``, ``…_coarse``, ``…_probability``, ``…_status``, ``…_ontology_id``.
+        One row per cell, columns as in :func:`annotate`.
     uns
-        Contents of ``uns['scmulan']``.
-    matrix_kind
+        The record for ``uns['scmulan']``.
+    hidden
         The embedding that :func:`scmulan.tl.embed` would give, if it was asked for: float32 ``[cells, width]``, read
-        from the parts block by block.
+        block by block.
     """
 
     obs: pd.DataFrame
     uns: dict[str, Any]
     hidden: BlockArray | None = None
 
+    def add_to(self, adata: ad.AnnData, key_added: str | None = None) -> None:
+        """Put the results into an AnnData of the same cells, under keys as in :func:`annotate`."""
+        add_columns(adata, self.obs, CELL_TYPE, key_added)
+        add_record(adata, self.uns, key_added)
+
 
 def annotate(
     adata: ad.AnnData,
-    model: LoadedModel,
+    model: ModelLike,
     *,
     layer: str | None = None,
     matrix_kind: Literal["counts", "log1p"] | None = None,
@@ -65,160 +72,182 @@ def annotate(
     threshold: float = 0.5,
     min_genes: int = 20,
     precision: Precision = "auto",
-) -> None:
-    """Name the type of each cell, in place.
+    key_added: str | None = None,
+    copy: bool = False,
+    progress: Progress = SILENT,
+) -> ad.AnnData | None:
+    """Annotate cells: predict cell types with probabilities.
 
     Parameters
     ----------
     adata
         Cells × genes with human gene symbols or Ensembl ids; counts or log1p values in ``X``, ``raw`` or a layer.
     model
-        From :func:`scmulan.load`.
+        From :func:`scmulan.load`, or its name or folder.
     layer, matrix_kind
-        Which matrix, and what it holds; found by looking unless given.
+        Which matrix to read (``"X"``, ``"raw"``, the name of a layer), and what it holds; found by looking unless
+        given.
     rule
-        ``"default"``: every type's probability from one pass over the cell. ``"stepwise"``: the most probable coarse
-        type, then the fine types after it, by one more step of one word. ``"release"``: the words that the
-        published release would decode (greedy, three words).
+        ``"default"``: the probability of every type, from one pass over the cell. ``"stepwise"``: the most probable
+        coarse type, then the fine types after it, by one more step of one token. ``"release"``: the tokens that the
+        published release would decode (greedy, three tokens; no probabilities).
     threshold
-        Cells whose probability is lower are ``"uncertain"``.
+        Cells with a lower probability are ``"uncertain"``.
     min_genes
         Fewest genes of the model's vocabulary that the input must have.
     precision
-        ``"fp32"``, ``"bf16"``, ``"int8"``; ``"auto"`` takes the fastest that gives the labels of fp32 on a sample
-        of the cells (see :mod:`scmulan.infer.precision`).
+        ``"fp32"``, ``"bf16"`` or ``"int8"``; ``"auto"`` picks the fastest that reproduces the fp32 labels on a sample
+        of the cells (:mod:`scmulan.infer.precision`).
+    key_added
+        Prefix of the columns, and key of ``uns``: results of several models then stand side by side. Default:
+        ``scmulan_cell_type``, and ``uns['scmulan']``.
+    copy
+        Return a copy with the results and leave ``adata`` as it is.
+    progress
+        Shows how far it is.
 
-    Notes
-    -----
-    Adds to ``obs``: ``scmulan_cell_type`` and ``scmulan_cell_type_coarse`` (categories),
-    ``scmulan_cell_type_probability`` (float32; of the type or a finer one, not calibrated beyond training),
-    ``scmulan_cell_type_ontology_id`` (Cell Ontology id, empty where the label has none) and
-    ``scmulan_cell_type_status``: ``confident``; ``uncertain``; ``conflict`` (coarse and fine type exclude each
-    other); ``empty`` (no gene word: type is ``"unknown"``). Adds ``uns['scmulan']``.
+    Returns
+    -------
+    anndata.AnnData or None
+        The copy with ``copy=True``, else None. Added to ``obs`` are
 
-    Under ``torchrun`` each process does its share of the cells, and each gets all results.
+        ``scmulan_cell_type``, ``scmulan_cell_type_coarse``
+            categories;
+        ``scmulan_cell_type_probability``
+            float32, of the type or a finer one, not calibrated beyond training;
+        ``scmulan_cell_type_ontology_id``
+            Cell Ontology id, empty where the label has none;
+        ``scmulan_cell_type_status``
+            ``confident``; ``uncertain``; ``conflict`` (coarse and fine type exclude each other); ``empty`` (no gene
+            of the vocabulary: the type is ``unknown``).
+
+        Added to ``uns['scmulan']``: model, parameters, matrix and genes used.
 
     Raises
     ------
     MatrixError, GeneError, ModelError
         If the input or the model cannot be used; nothing is changed then.
+
+    Notes
+    -----
+    Under ``torchrun`` each process annotates a part of the cells, and each gets all results.
     """
-    result = annotate_cells(
-        adata, model, layer=layer, matrix_kind=matrix_kind, rule=rule, threshold=threshold, min_genes=min_genes,
-        precision=precision,
-    )  # fmt: skip
-    for column in result.obs:
-        adata.obs[column] = result.obs[column]
-    merge_uns(adata, result.uns)
+    reading = ReadOptions(layer=layer, matrix_kind=matrix_kind, min_genes=min_genes, precision=precision)
+    result = annotate_cells(adata, as_model(model), rule=rule, threshold=threshold, reading=reading, progress=progress)
+    adata = in_place_or_copy(adata, copy)
+    result.add_to(adata, key_added)
+    return adata if copy else None
 
 
 def annotate_cells(
     adata: ad.AnnData,
     model: LoadedModel,
     *,
-    layer: str | None = None,
-    matrix_kind: Literal["counts", "log1p"] | None = None,
     rule: Rule = "default",
     threshold: float = 0.5,
-    min_genes: int = 20,
-    precision: Precision = "auto",
-    batch_tokens: int | None = None,
+    reading: ReadOptions | None = None,
     keep_hidden: bool = False,
-    parts: BlockStore | None = None,
-    progress: Progress = lambda n: None,
+    store: BlockStore | None = None,
+    progress: Progress = SILENT,
 ) -> Annotation:
-    """Name the type of each cell and leave the input alone; parameters as in :func:`annotate`.
+    """Annotate cells and leave the input as it is; parameters as in :func:`annotate`.
 
     Parameters
     ----------
-    batch_tokens
-        Padded words per forward pass (default: what suits the device and its memory).
+    reading
+        How cells are read.
     keep_hidden
         Return the embedding too: it comes from the same pass.
-    parts
+    store
         Where results of finished blocks are kept, and taken from.
-    progress
-        Called with the number of cells just done.
     """
     if not model.vocabulary.names(Family.FINE):
         raise ModelError(f"model {model.folder.name} has no cell types in its vocabulary: it cannot annotate")
-    reader = CellReader(adata, model, layer=layer, matrix_kind=matrix_kind, min_genes=min_genes)
-    namer = _Namer(model, threshold)
+    labels = _Labels(model, threshold)
 
-    def work(used: LoadedModel, prompts: Sentences, words: GeneTokens, budget: TokenBudget) -> dict[str, np.ndarray]:
+    def work(
+        used: LoadedModel, prompts: Sentences, tokens: GeneTokens, budget: TokenBudget, advance: Advance
+    ) -> dict[str, np.ndarray]:
         if rule == "release":
-            said = release_rule.annotate(used.network, prompts, end=used.vocabulary.end)
-            arrays = namer.release(*_release_types(used, said.entity), words.lengths)
-            states = said.embedding
-            progress(len(words))
+            decoded = release_rule.annotate(used.network, prompts, end=used.vocabulary.end)
+            arrays = labels.from_tokens(decoded.entity, tokens.lengths)
+            hidden = decoded.embedding
+            advance(len(tokens))
         else:
-            scores = score_labels(used, prompts, budget=budget, coarse_first=rule == "stepwise", advance=progress)
-            arrays = namer.name(scores.fine, scores.coarse, words.lengths)
-            states = scores.hidden
-        return {**arrays, **({"hidden": without_empty(states, words)} if keep_hidden else {})}
+            scores = score_labels(used, prompts, budget=budget, coarse_first=rule == "stepwise", advance=advance)
+            arrays = labels.from_probabilities(scores.fine, scores.coarse, tokens.lengths)
+            hidden = scores.hidden
+        return {**arrays, **({"hidden": zero_if_empty(hidden, tokens)} if keep_hidden else {})}
 
-    done = run_blocks(
-        reader, model, work, rule=rule, precision=precision, batch_tokens=batch_tokens, parts=parts, progress=progress
-    )
-    found = done.columns("fine", "coarse", "probability", "status", "words", "covered")
-    parameters = {
-        "rule": rule, "threshold": threshold, "layer": layer, "state": matrix_kind, "min_genes": min_genes,
-        "precision": done.precision,
-    }  # fmt: skip
-    uns = provenance(model, "annotate", parameters, reader.account(int(found["words"].sum()), found["covered"]))
+    results = run_blocks(adata, model, work, reading or ReadOptions(), rule=rule, store=store, progress=progress)
     return Annotation(
-        obs=namer.table(found, adata.obs_names),
-        uns=uns,
-        hidden=done.hidden(model.config.width) if keep_hidden else None,
+        obs=labels.table(results.columns("fine", "coarse", "probability", "status"), adata.obs_names),
+        uns=results.provenance("annotate", {"rule": rule, "threshold": threshold}),
+        hidden=results.hidden(model.config.width) if keep_hidden else None,
     )
 
 
-class _Namer:
-    """Turns probabilities into labels, status and ontology ids."""
+class _Labels:
+    """Labels, statuses and ontology ids of cells, by index among the model's fine and coarse types.
+
+    The last index of both is of cells without a type.
+    """
 
     def __init__(self, model: LoadedModel, threshold: float) -> None:
         ontology = Ontology.load()
+        self.vocabulary = model.vocabulary
+        self.threshold = threshold
         self.fine = np.array([*model.vocabulary.names(Family.FINE), UNKNOWN], dtype=object)
         self.coarse = np.array([*model.vocabulary.names(Family.COARSE), UNKNOWN], dtype=object)
         self.ids = np.array([ontology.find(n) or "" for n in self.fine[:-1]] + [""], dtype=object)
-        self.threshold = threshold
-        # How much of the probability speaks for a label: its own and that of finer types.
         self.supports = ontology.label_matrix(list(self.fine[:-1])).astype(np.float32)
-        coarse_ids = [ontology.find(n) for n in self.coarse[:-1]]
+        """Whether a type's probability counts for a label: its own and that of finer types."""
         self.excludes = np.zeros((len(self.fine), len(self.coarse)), dtype=bool)
+        """Whether a fine and a coarse type exclude each other."""
+        coarse_ids = [ontology.find(n) for n in self.coarse[:-1]]
         for i, f in enumerate(self.ids[:-1]):
             for j, c in enumerate(coarse_ids):
                 if f and c:
                     self.excludes[i, j] = not (ontology.is_a(f, c) or ontology.is_a(c, f))
 
-    def name(self, fine: np.ndarray, coarse: np.ndarray, words: np.ndarray) -> dict[str, np.ndarray]:
-        """Places of labels and statuses of cells, from probabilities ``[cells, types]``."""
+    def from_probabilities(self, fine: np.ndarray, coarse: np.ndarray, n_tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Label cells by probabilities ``[cells, types]``."""
         best = fine.argmax(1)
         probability = np.take_along_axis(fine @ self.supports.T, best[:, None], 1)[:, 0].clip(0, 1)
-        rough = coarse.argmax(1) if coarse.shape[1] else np.full(len(best), len(self.coarse) - 1)
+        best_coarse = coarse.argmax(1) if coarse.shape[1] else np.full(len(best), len(self.coarse) - 1)
         status = np.where(probability >= self.threshold, CONFIDENT, UNCERTAIN)
-        status[self.excludes[best, rough]] = CONFLICT
-        empty = words == 0
-        best, rough = np.where(empty, len(self.fine) - 1, best), np.where(empty, len(self.coarse) - 1, rough)
-        return _small(best, rough, np.where(empty, 0, probability), np.where(empty, EMPTY, status))
+        status[self.excludes[best, best_coarse]] = CONFLICT
+        empty = n_tokens == 0
+        best = np.where(empty, len(self.fine) - 1, best)
+        best_coarse = np.where(empty, len(self.coarse) - 1, best_coarse)
+        return _columns(best, best_coarse, np.where(empty, 0, probability), np.where(empty, EMPTY, status))
 
-    def release(self, fine: np.ndarray, coarse: np.ndarray, words: np.ndarray) -> dict[str, np.ndarray]:
-        """The same from places among the fine and coarse types (−1: the word said is no such type)."""
-        known = (fine >= 0) & (words > 0)
+    def from_tokens(self, decoded: np.ndarray, n_tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Label cells by the tokens that the release decodes: the coarse type first, then the fine one."""
+        coarse, fine = (self._types_at(decoded, i, family) for i, family in enumerate((Family.COARSE, Family.FINE)))
+        known = (fine >= 0) & (n_tokens > 0)
         status = np.where(known, CONFIDENT, UNCERTAIN)
         status[known & self.excludes[fine, coarse]] = CONFLICT
-        status[words == 0] = EMPTY
+        status[n_tokens == 0] = EMPTY
         fine = np.where(known, fine, len(self.fine) - 1)
-        coarse = np.where((words > 0) & (coarse >= 0), coarse, len(self.coarse) - 1)
-        return _small(fine, coarse, np.full(len(fine), np.nan), status)
+        coarse = np.where((n_tokens > 0) & (coarse >= 0), coarse, len(self.coarse) - 1)
+        return _columns(fine, coarse, np.full(len(fine), np.nan), status)
+
+    def _types_at(self, decoded: np.ndarray, position: int, family: Family) -> np.ndarray:
+        """Return the index in a family of the tokens decoded at a position, −1 for any other token."""
+        if decoded.shape[1] <= position:
+            return np.full(len(decoded), -1)
+        ids = self.vocabulary.ids(family)
+        index = np.full(len(self.vocabulary) + 1, -1)
+        index[ids] = np.arange(len(ids))
+        return index[decoded[:, position]]
 
     def table(self, found: dict[str, np.ndarray], cells: pd.Index) -> pd.DataFrame:
-        """Columns for ``obs`` from places; categories are those that occur, in the order of the vocabulary."""
-        fine, coarse = _categories(found["fine"], self.fine), _categories(found["coarse"], self.coarse)
+        """Return columns for ``obs``; categories are those that occur, in the order of the vocabulary."""
         return pd.DataFrame(
             {
-                CELL_TYPE: fine,
-                COARSE: coarse,
+                CELL_TYPE: _categories(found["fine"], self.fine),
+                COARSE: _categories(found["coarse"], self.coarse),
                 PROBABILITY: found["probability"].astype(np.float32),
                 STATUS: pd.Categorical.from_codes(found["status"], categories=list(STATUSES)),
                 ONTOLOGY_ID: self.ids[found["fine"]],
@@ -227,7 +256,7 @@ class _Namer:
         )
 
 
-def _small(fine: Any, coarse: Any, probability: Any, status: Any) -> dict[str, np.ndarray]:
+def _columns(fine: Any, coarse: Any, probability: Any, status: Any) -> dict[str, np.ndarray]:
     return {
         "fine": np.asarray(fine, dtype=np.int32),
         "coarse": np.asarray(coarse, dtype=np.int32),
@@ -236,16 +265,6 @@ def _small(fine: Any, coarse: Any, probability: Any, status: Any) -> dict[str, n
     }
 
 
-def _categories(places: np.ndarray, names: np.ndarray) -> pd.Categorical:
-    used = np.unique(places)
-    return pd.Categorical.from_codes(np.searchsorted(used, places), categories=list(names[used]))
-
-
-def _release_types(model: LoadedModel, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fine and coarse type among the words that the release says, as places in their families, −1 for any other."""
-    out = []
-    for family, column in ((Family.FINE, 1), (Family.COARSE, 0)):
-        place = np.full(len(model.vocabulary) + 1, -1)
-        place[model.vocabulary.ids(family)] = np.arange(len(model.vocabulary.ids(family)))
-        out.append(place[said[:, column]] if said.shape[1] > column else np.full(len(said), -1))
-    return out[0], out[1]
+def _categories(index: np.ndarray, names: np.ndarray) -> pd.Categorical:
+    used = np.unique(index)
+    return pd.Categorical.from_codes(np.searchsorted(used, index), categories=list(names[used]))

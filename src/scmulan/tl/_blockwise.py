@@ -1,60 +1,82 @@
-"""The way in: from an AnnData to blocks of gene words, with an account of what was used.
+"""Reading cells and passing them through a model, block by block.
 
-Results of finished blocks of cells, kept until the job is through; on disk, they outlive an interruption.
+The way of the data::
 
-The way through a model: blocks of cells in, arrays of each block out, shared among processes and resumable.
+    AnnData ── CellReader ──> gene tokens of a block ── work ──> arrays, one row per cell ── BlockStore ──> results
+
+Memory is bounded, an interrupted job continues where it was, and processes under ``torchrun`` share the blocks.
 """
 
-import contextlib
-import glob
-import hashlib
-import json
-import os
-import secrets
-import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias
 
 import anndata as ad
 import numpy as np
 
-import scmulan
 from scmulan._dist import Ranks, inference_ranks
 from scmulan._io.adata import BlockArray
-from scmulan._keys import UNS
-from scmulan._progress import Advance as Progress
-from scmulan.errors import OutputError
+from scmulan._progress import SILENT, Advance, Progress
 from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision, apply_precision, choose_precision
 from scmulan.model.cost import forward_flops_per_token
 from scmulan.model.loading import LoadedModel
+from scmulan.tl._block_store import BlockStore
+from scmulan.tl._record import provenance
 from scmulan.vocab.binning import GeneTokens, tokenize
 from scmulan.vocab.genes import match_genes
 from scmulan.vocab.matrix import choose_matrix
 from scmulan.vocab.sentences import Sentences, gene_prompts
 from scmulan.vocab.tasks import ANNOTATE
 
-BLOCK = 2048
+Rule = Literal["default", "stepwise", "release"]
+Work: TypeAlias = Callable[[LoadedModel, Sentences, GeneTokens, TokenBudget, Advance], dict[str, np.ndarray]]
+"""Does one block: model, prompts, gene tokens, budget → arrays with one row per cell; calls the last for cells done."""
+
+BLOCK_FLOPS = {"cpu": 5e12, "cuda": 5e15, "mps": 1e14}
+"""Work of one block, which is lost when a job is interrupted: about a minute of a core, or of a GPU."""
+LIKELY_TOKENS = 500
+"""Tokens of a cell, before any was read."""
+MIN_BLOCK_CELLS, MAX_BLOCK_CELLS = 128, 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadOptions:
+    """How cells are read and passed through a model; see :func:`scmulan.tl.annotate`."""
+
+    layer: str | None = None
+    """Matrix to read: ``"X"``, ``"raw"`` or the name of a layer (default: found by looking)."""
+    matrix_kind: Literal["counts", "log1p"] | None = None
+    """What the matrix holds (default: found by looking)."""
+    min_genes: int = 20
+    """Fewest genes of the model that the input must have."""
+    precision: Precision = "auto"
+    """Precision of the model's products, see :mod:`scmulan.infer.precision`."""
+    batch_tokens: int | None = None
+    """Padded tokens per forward pass (default: what suits the device and its memory). Speed only."""
+    block_cells: int | None = None
+    """Cells per block (default: about a minute of work)."""
+
+    def cells_per_block(self, model: LoadedModel) -> int:
+        """Return the number of cells of one block."""
+        if self.block_cells is not None:
+            return self.block_cells
+        flops = LIKELY_TOKENS * forward_flops_per_token(model.config, context=LIKELY_TOKENS / 2)
+        cells = BLOCK_FLOPS.get(model.network.device.type, BLOCK_FLOPS["cuda"]) / flops
+        return int(np.clip(2 ** int(np.log2(max(1, cells))), MIN_BLOCK_CELLS, MAX_BLOCK_CELLS))
 
 
 class CellReader:
-    """Gene words of the cells of one AnnData, block by block.
+    """Reads the gene tokens of the cells of one AnnData, block by block, never dense.
 
     Parameters
     ----------
     adata
         Cells × genes; backed files are read in blocks.
     model
-        Its vocabulary's genes are looked for.
-    layer
-        Matrix to use: ``"X"``, ``"raw"`` or the name of a layer (default: chosen by looking).
-    matrix_kind
-        ``"counts"`` or ``"log1p"`` (default: found by looking).
-    min_genes
-        Fewest vocabulary genes the input must have.
+        Whose vocabulary's genes are looked for.
+    layer, matrix_kind, min_genes
+        As in :class:`ReadOptions`.
 
     Raises
     ------
@@ -79,305 +101,157 @@ class CellReader:
         return self.matrix.n_cells
 
     def blocks(
-        self, size: int = BLOCK, *, wanted: Callable[[slice], bool] = lambda rows: True
+        self, size: int = MAX_BLOCK_CELLS, *, wanted: Callable[[slice], bool] = lambda rows: True
     ) -> Iterator[tuple[slice, GeneTokens]]:
-        """Rows and gene words of consecutive cells, of those blocks that are wanted."""
+        """Yield rows and gene tokens of consecutive cells, of those blocks that are wanted."""
         for rows, block in self.matrix.chunks(size, select=wanted):
-            words = tokenize(
+            tokens = tokenize(
                 block,
                 self.match.columns,
                 len(self.model.vocabulary.genes),
                 matrix_kind=self.matrix.matrix_kind,
                 levels=self.model.config.levels,
             )
-            yield rows, words
+            yield rows, tokens
 
-    def account(self, words: int, covered: np.ndarray) -> dict[str, Any]:
-        """What was read; plain types that fit into ``uns`` and JSON.
+    def account(self, n_tokens: int, covered: np.ndarray) -> dict[str, Any]:
+        """Describe what was read, in plain types that fit into ``uns`` and JSON.
 
         Parameters
         ----------
-        words
-            Gene words of all cells together.
+        n_tokens
+            Gene tokens of all cells together.
         covered
-            Share of each cell's total that lies in the vocabulary.
+            Fraction of each cell's total that lies in the vocabulary.
         """
-        share = float(covered.mean()) if len(covered) else 0.0
+        fraction = float(covered.mean()) if len(covered) else 0.0
         return {
             "cells": len(self),
-            "words_per_cell": words / max(1, len(self)),
+            "words_per_cell": n_tokens / max(1, len(self)),
             "matrix": {"where": self.matrix.where, "state": self.matrix.matrix_kind, "reason": self.matrix.reason},
-            "genes": self.match.report(share),
-            "summary": self.match.summary(share),
+            "genes": self.match.report(fraction),
+            "summary": self.match.summary(fraction),
         }
 
 
-def provenance(model: LoadedModel, verb: str, parameters: dict[str, Any], account: dict[str, Any]) -> dict[str, Any]:
-    """Contents of ``uns['scmulan']``: which software and weights, on what, with which settings."""
-    return {
-        "version": scmulan.__version__,
-        "model": str(model.card.get("name", model.folder.name)),
-        "weights_hash": model.weights_hash,
-        **account,
-        "parameters": {verb: {k: "" if v is None else v for k, v in parameters.items()}},
-    }
-
-
-def merge_uns(adata: ad.AnnData, new: dict[str, Any]) -> None:
-    """Put results into ``uns['scmulan']``, keeping the parameters of verbs that ran before with the same weights."""
-    old = adata.uns.get(UNS, {})
-    same = old.get("weights_hash") == new["weights_hash"]
-    before = dict(old.get("parameters", {})) if same else {}
-    if old and not same:
-        warnings.warn("uns['scmulan'] held results of another model; they are replaced", UserWarning, stacklevel=3)
-    adata.uns[UNS] = {**new, "parameters": {**before, **new["parameters"]}}
-
-
-# Where a job's parts lie: a hidden folder beside its output.
-PREFIX = ".scmulan-parts-"
-
-
-class BlockStore:
-    """Arrays of each block, by the block's number.
-
-    Parameters
-    ----------
-    folder
-        Where to keep them; in memory by default. Made with the first part.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-        self._kept: dict[int, Mapping[str, np.ndarray]] = {}
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._kept or (self.folder is not None and self._path(number).exists())
-
-    def put(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep a block's arrays, whole or not at all."""
-        if self.folder is None:
-            self._kept[number] = arrays
-            return
-        self._write(self._path(number), lambda path: _save(path, arrays))
-
-    def get(self, number: int, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-        """Arrays of a block, or some of them."""
-        if self.folder is None:
-            kept = self._kept[number]
-            return {name: kept[name] for name in names or kept}
-        with np.load(self._path(number), allow_pickle=False) as file:
-            return {name: file[name] for name in names or file.files}
-
-    @property
-    def settled(self) -> dict[str, Any]:
-        """What an earlier run of the job has decided."""
-        if self.folder is None:
-            return {}
-        try:
-            return dict(json.loads((self.folder / "settled.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
-
-    def settle(self, decided: Mapping[str, Any]) -> None:
-        """Keep a decision for those who go on with the job."""
-        if self.folder is not None:
-            text = json.dumps(dict(decided))
-            self._write(self.folder / "settled.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-    def take_in(self, others: list["BlockStore"]) -> None:
-        """Add the parts that other processes keep in memory."""
-        for other in others:
-            self._kept.update(other._kept)
-
-    def remove(self) -> None:
-        """Forget the parts: the job is through. Those of other jobs for the same output will not be wanted either."""
-        self._kept = {}
-        if self.folder is not None:
-            name, _, _ = self.folder.name.rpartition("-")
-            for folder in self.folder.parent.glob(f"{glob.escape(name)}-*"):
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _path(self, number: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{number:07d}.npz"
-
-    def _write(self, path: Path, write: Any) -> None:
-        temporary = path.with_name(f"tmp-{secrets.token_hex(4)}{path.suffix}")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise OutputError(
-                f"{path.parent}: results so far cannot be written ({error.strerror or error}); make room,"
-                " then run the same command again"
-            ) from error
-
-
-def _save(path: Path, arrays: Mapping[str, Any]) -> None:
-    np.savez(path, allow_pickle=False, **arrays)
-
-
-def parts_of(source: str | os.PathLike[str], out: str | os.PathLike[str], job: Mapping[str, Any]) -> BlockStore:
-    """Parts of a job from file to file, those of an interrupted run among them.
-
-    Parameters
-    ----------
-    source
-        The input; a file that changed is another input.
-    out
-        The output.
-    job
-        All that decides the results: weights, parameters, software. JSON types.
-    """
-    source, target = Path(source).expanduser(), Path(os.path.realpath(Path(out).expanduser()))
-    stat = source.stat()
-    key = {"source": os.path.realpath(source), "size": stat.st_size, "changed": stat.st_mtime_ns, **job}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return BlockStore(target.with_name(f"{PREFIX}{target.name}-{digest}"))
-
-
-Rule = Literal["default", "stepwise", "release"]
-RULES: tuple[str, ...] = get_args(Rule)
-# Does one block: model, prompts, words, budget → arrays, one row per cell each.
-Work = Callable[[LoadedModel, Sentences, GeneTokens, TokenBudget], dict[str, np.ndarray]]
-
-# A block that is not finished is lost when a job is interrupted: about a minute of work of a core, or of a GPU.
-BLOCK_FLOPS = {"cpu": 5e12, "cuda": 5e15, "mps": 1e14}
-LIKELY_WORDS = 500
-FEWEST_CELLS = 128
-
-
-def block_cells(model: LoadedModel) -> int:
-    """Cells of one block."""
-    flops = LIKELY_WORDS * forward_flops_per_token(model.config, context=LIKELY_WORDS / 2)
-    cells = BLOCK_FLOPS.get(model.network.word.weight.device.type, BLOCK_FLOPS["cuda"]) / flops
-    return int(np.clip(2 ** int(np.log2(max(1, cells))), FEWEST_CELLS, BLOCK))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
-    """Results of all blocks of a job.
+class BlockResults:
+    """Results of all blocks of a job."""
 
-    Parameters
-    ----------
-    parts
-        Where they are.
-    cells
-        Cells of each block.
-    precision
-        That the model was used in.
-    """
-
-    parts: BlockStore
+    reader: CellReader
+    options: ReadOptions
+    store: BlockStore
     cells: list[int]
+    """Cells of each block."""
     precision: str
+    """In which the model was used."""
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """Arrays of all cells, in the input's order."""
-        read = [self.parts.get(i, names) for i in range(len(self.cells))]
-        return {name: np.concatenate([part[name] for part in read]) for name in names}
+        """Return arrays of all cells, in the input's order."""
+        read = [self.store.get(i, names) for i in range(len(self.cells))]
+        return {name: np.concatenate([block[name] for block in read]) for name in names}
 
     def hidden(self, width: int) -> BlockArray:
-        """The embedding, float32 ``[cells, width]``, read from the parts block by block."""
+        """Return the embedding, float32 ``[cells, width]``, to be read block by block."""
 
         def read() -> Iterator[np.ndarray]:
             for i in range(len(self.cells)):
-                yield self.parts.get(i, ("hidden",))["hidden"]
+                yield self.store.get(i, ("hidden",))["hidden"]
 
         return BlockArray(shape=(sum(self.cells), width), dtype=np.float32, blocks=read)
 
+    def provenance(self, verb: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of the verb for ``uns``; how cells were read is added to its parameters."""
+        options = self.options
+        reading = {"layer": options.layer, "state": options.matrix_kind, "min_genes": options.min_genes}
+        read = self.columns("tokens", "covered")
+        account = self.reader.account(int(read["tokens"].sum()), read["covered"])
+        parameters = {**parameters, **reading, "precision": self.precision}
+        return provenance(self.reader.model, verb, parameters, **account)
+
 
 def run_blocks(
-    reader: CellReader,
+    adata: ad.AnnData,
     model: LoadedModel,
     work: Work,
+    options: ReadOptions,
     *,
     rule: Rule = "default",
-    precision: Precision,
-    batch_tokens: int | None,
-    parts: BlockStore | None,
-    progress: Progress,
-) -> Done:
-    """Do all blocks that are not done yet, under ``torchrun`` this process's share; each has all results afterwards.
+    store: BlockStore | None = None,
+    progress: Progress = SILENT,
+) -> BlockResults:
+    """Do all blocks that are not done yet, under ``torchrun`` this process's; each has all results afterwards.
 
     Parameters
     ----------
-    reader
+    adata
         The cells.
     model
         In float32.
     work
-        Does a block; tells ``progress`` of each cell itself.
+        Does a block.
+    options
+        How cells are read. Precision ``"auto"`` is chosen on the first cells (:func:`choose_precision`); among several
+        processes it is what is known already.
     rule
-        The release's is decoded in float32 unless another precision is asked for by name.
-    precision
-        ``"auto"`` chooses with the first cells (:func:`choose_precision`); among several processes it takes
-        what is known already.
-    batch_tokens
-        Padded words per pass, None for what suits.
-    parts
+        ``"release"`` runs in float32 unless another precision is asked for by name.
+    store
         Where results go, in memory by default; blocks that are there are not done again.
     progress
-        Told of the cells whose results are there already.
+        Shows a bar of cells.
 
     Returns
     -------
-    Done
-        With the arrays that ``work`` gives, and ``words`` and ``covered`` of each cell.
+    BlockResults
+        With the arrays that ``work`` gives, and ``tokens`` and ``covered`` of each cell.
+
+    Raises
+    ------
+    MatrixError, GeneError
+        If no matrix holds usable expression, or too few genes are known.
     """
-    parts = parts or BlockStore()
-    with inference_ranks() as here:
-        return _run(reader, model, work, rule, precision, batch_tokens, parts, here, progress)
+    reader = CellReader(adata, model, layer=options.layer, matrix_kind=options.matrix_kind, min_genes=options.min_genes)
+    store = store or BlockStore()
+    size = options.cells_per_block(model)
+    cells = [min(size, len(reader) - start) for start in range(0, len(reader), size)]
+    with inference_ranks() as ranks:
+        mine = [i for i in range(len(cells)) if ranks.owns(i)]
+        todo = {i for i in mine if i not in store}
+        precision = _known_precision(model, rule, options.precision, store, ranks)
+        used = None if precision == "auto" else apply_precision(model, precision)
+        budget = TokenBudget.of(model.network, options.batch_tokens)
+        with progress.bar(sum(cells[i] for i in mine)) as advance:
+            advance(sum(cells[i] for i in mine if i not in todo))
+            for rows, tokens in reader.blocks(size, wanted=lambda rows: rows.start // size in todo):
+                prompts = gene_prompts(tokens, model.vocabulary, ANNOTATE)
+                if used is None:
+                    used = choose_precision(model, prompts, total=len(reader))
+                    store.keep_precision(used.network.precision)
+                arrays = work(used, prompts, tokens, budget, advance)
+                counts = {"tokens": tokens.lengths.astype(np.int32), "covered": tokens.covered}
+                store.put(rows.start // size, {**arrays, **counts})
+        if store.folder is None and ranks.world > 1:
+            store.merge(ranks.gather(store))
+        else:
+            ranks.gather(None)  # wait for the others
+    precision = (used or model).network.precision  # type: ignore[assignment]
+    return BlockResults(reader=reader, options=options, store=store, cells=cells, precision=precision)
 
 
-def _run(
-    reader: CellReader,
-    model: LoadedModel,
-    work: Work,
-    rule: Rule,
-    precision: Precision,
-    batch_tokens: int | None,
-    parts: BlockStore,
-    ranks: Ranks,
-    progress: Progress,
-) -> Done:
-    size = block_cells(model)
-    blocks = [slice(start, min(start + size, len(reader))) for start in range(0, len(reader), size)]
-    todo = {i for i in range(len(blocks)) if ranks.owns(i) and i not in parts}
-    progress(sum(rows.stop - rows.start for i, rows in enumerate(blocks) if ranks.owns(i) and i not in todo))
-    chosen = _settled(model, rule, precision, parts, ranks)
-    used = None if chosen == "auto" else apply_precision(model, chosen)
-    budget = TokenBudget.of(model.network, batch_tokens)
-    for rows, words in reader.blocks(size, wanted=lambda rows: rows.start // size in todo):
-        prompts = gene_prompts(words, model.vocabulary, ANNOTATE)
-        if used is None:
-            used = choose_precision(model, prompts, total=len(reader))
-            parts.settle({"precision": used.network.precision})
-        arrays = work(used, prompts, words, budget)
-        parts.put(rows.start // size, {**arrays, "words": words.lengths.astype(np.int32), "covered": words.covered})
-    if parts.folder is None and ranks.world > 1:
-        parts.take_in(ranks.gather(parts))
-    else:
-        ranks.gather(None)
-    return Done(parts=parts, cells=[b.stop - b.start for b in blocks], precision=(used or model).network.precision)
+def zero_if_empty(hidden: np.ndarray, tokens: GeneTokens) -> np.ndarray:
+    """Return hidden states ``[cells, width]`` with zeros for cells without gene tokens."""
+    return np.where(tokens.lengths[:, None] > 0, hidden, np.float32(0))
 
 
-def without_empty(states: np.ndarray, words: GeneTokens) -> np.ndarray:
-    """States with zeros for cells without gene words."""
-    return np.where(words.lengths[:, None] > 0, states, np.float32(0))
-
-
-def _settled(model: LoadedModel, rule: Rule, precision: Precision, parts: BlockStore, ranks: Ranks) -> Precision:
-    """Precision of the job, so far as it can be told before any cell is read."""
+def _known_precision(
+    model: LoadedModel, rule: Rule, precision: Precision, store: BlockStore, ranks: Ranks
+) -> Precision:
+    """Return the precision of the job, so far as it is known before any cell is read."""
     if precision != "auto":
         return precision
     if rule == "release":
         return "fp32"
-    if len(parts.settled):
-        precision = parts.settled["precision"]
+    precision = store.chosen_precision() or precision  # type: ignore[assignment]
     if ranks.world == 1:
         return precision
     known: Any = apply_precision(model, precision).network.precision

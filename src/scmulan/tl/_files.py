@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,81 +15,48 @@ import scmulan
 from scmulan._dist import Ranks, inference_ranks
 from scmulan._io.adata import check_output, copy_with_results, open_input, write_h5ad, write_table
 from scmulan._keys import CELL_TYPE, EMBEDDING, PERTURBED, SHIFT, STATUS, STATUSES, UNS
-from scmulan._progress import Advance as Progress
+from scmulan._progress import SILENT, Progress
 from scmulan.errors import OutputError
-from scmulan.infer.precision import Precision
 from scmulan.model.loading import LoadedModel, load
 from scmulan.tl._annotate import annotate_cells
-from scmulan.tl._blockwise import BlockStore, Rule, block_cells, merge_uns, parts_of
+from scmulan.tl._block_store import BlockStore
+from scmulan.tl._blockwise import ReadOptions, Rule
 from scmulan.tl._embed import embed_cells
 from scmulan.tl._generate import generate
 from scmulan.tl._perturb import perturb_cells
-from scmulan.tl._smooth import NEIGHBOURS, smooth_types
+from scmulan.tl._record import add_record
+from scmulan.tl._smooth import smooth_parameters, smooth_types
 from scmulan.vocab.genes import choose_names
 from scmulan.vocab.matrix import choose_matrix
 
+PathLike = str | os.PathLike[str]
 CELLS = (".h5ad", ".zarr")
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
-# Given the number of cells, yields what is called with each number of cells done.
-ProgressOf = Callable[[int], AbstractContextManager[Progress]]
-
-
-def no_progress(total: int) -> AbstractContextManager[Progress]:
-    """Show nothing."""
-    return nullcontext(lambda n: None)
-
-
-@dataclass(kw_only=True, slots=True)
-class ReadOptions:
-    """How cells are read and passed through a model; as in :func:`scmulan.tl.annotate`."""
-
-    layer: str | None = None
-    """Matrix to use: ``"X"``, ``"raw"`` or the name of a layer (default: chosen by looking)."""
-    matrix_kind: Literal["counts", "log1p"] | None = None
-    """What it holds (default: found by looking)."""
-    min_genes: int = 20
-    """Fewest genes of the model that the input must have."""
-    device: str = "auto"
-    """Where to compute."""
-    batch_tokens: int | None = None
-    """Padded words per forward pass (default: what suits the device and its memory)."""
-    precision: Precision = "auto"
-    """In what to compute."""
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of :func:`annotate_cells` and :func:`embed_cells`, all of which but the last decide results."""
-        return {
-            "layer": self.layer,
-            "matrix_kind": self.matrix_kind,
-            "min_genes": self.min_genes,
-            "precision": self.precision,
-            "batch_tokens": self.batch_tokens,
-        }
-
 
 def annotate_file(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: PathLike,
+    out: PathLike,
     *,
     model: str | Path = "mini",
-    table: str | os.PathLike[str] | None = None,
+    table: PathLike | None = None,
     rule: Rule = "default",
     threshold: float = 0.5,
     embed: bool = False,
     smooth: bool = False,
     reading: ReadOptions | None = None,
+    device: str = "auto",
     force: bool = False,
-    progress: ProgressOf = no_progress,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Copy a file of cells and put a type for each cell into the copy.
+    """Copy a file of cells and add cell types to the copy.
 
     Parameters
     ----------
     source
         ``*.h5ad`` or ``*.zarr``; its matrices are never loaded whole.
     out
-        Where the copy shall be; not the input itself.
+        Where to write the copy; not the input itself.
     model
         Folder or name of a model.
     table
@@ -103,6 +70,8 @@ def annotate_file(
         cells is then held in memory.
     reading
         How cells are read.
+    device
+        As in :func:`scmulan.load`.
     force
         Replace outputs that exist.
     progress
@@ -120,49 +89,45 @@ def annotate_file(
         If anything cannot be used as given; then nothing is written.
     """
     reading = reading or ReadOptions()
-    outputs = {out: CELLS} if table is None else {out: CELLS, table: TABLES}
-    check_outputs(source, outputs, force)
-    with inference_ranks() as here, _cells(source) as adata:
-        loaded = load(model, device=reading.device)
-        asked = {"rule": rule, "threshold": threshold, **reading.options()}
-        parts = _parts(source, out, adata.n_obs, loaded, "annotate", embed=embed or smooth, **asked)
-        with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
-            result = annotate_cells(adata, loaded, keep_hidden=embed or smooth, parts=parts, progress=done, **asked)
-        used, obs = result.uns["parameters"], result.obs
+    check_outputs(source, {out: CELLS} if table is None else {out: CELLS, table: TABLES}, force)
+    options = {"rule": rule, "threshold": threshold}
+    keep_hidden = embed or smooth
+    with _open_job(source, out, model, device, "annotate", reading, embed=keep_hidden, **options) as job:
+        with job.clock():
+            result = annotate_cells(
+                job.adata, job.model, reading=reading, keep_hidden=keep_hidden, store=job.store, progress=progress,
+                **options,  # type: ignore[arg-type]
+            )  # fmt: skip
+        parameters, obs = result.uns["parameters"], result.obs
         if embed:
-            used["embed"] = {k: v for k, v in used["annotate"].items() if k != "threshold"}
-        if smooth and result.hidden is not None and here.rank == 0:
+            parameters["embed"] = {k: v for k, v in parameters["annotate"].items() if k != "threshold"}
+        if smooth and result.hidden is not None and job.ranks.first:
             obs = obs.join(smooth_types(obs[CELL_TYPE], result.hidden.load()))
-            used["smooth"] = {"neighbours": NEIGHBOURS, "use_rep": EMBEDDING}
-        merge_uns(adata, result.uns)
+            parameters["smooth"] = smooth_parameters()
         obsm = {EMBEDDING: result.hidden} if embed else {}
-        if here.rank == 0:
-            copy_with_results(source, out, obs=obs, obsm=obsm, uns={UNS: adata.uns[UNS]})
-            if table is not None:
-                write_table(obs.rename_axis("cell"), table)
-            parts.remove()
-        here.gather(None)
-    return {
-        **_account(source, out, loaded, result.uns, clock, here),
-        "table": None if table is None else str(table),
-        "cell_types": _counts(result.obs[CELL_TYPE]),
-        "status": {name: int((result.obs[STATUS] == name).sum()) for name in STATUSES},
-        "obs": list(obs.columns),
-        "obsm": list(obsm),
-    }
+        job.write(result.uns, obs=obs, obsm=obsm, table=table)
+        return {
+            **job.account(result.uns),
+            "table": None if table is None else str(table),
+            "cell_types": _counts(result.obs[CELL_TYPE]),
+            "status": {name: int((result.obs[STATUS] == name).sum()) for name in STATUSES},
+            "obs": list(obs.columns),
+            "obsm": list(obsm),
+        }
 
 
 def embed_file(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: PathLike,
+    out: PathLike,
     *,
     model: str | Path = "mini",
     rule: Literal["default", "release"] = "default",
     reading: ReadOptions | None = None,
+    device: str = "auto",
     force: bool = False,
-    progress: ProgressOf = no_progress,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Copy a file of cells and put an embedding into the copy; parameters as in :func:`annotate_file`.
+    """Copy a file of cells and add an embedding to the copy; parameters as in :func:`annotate_file`.
 
     Returns
     -------
@@ -172,82 +137,69 @@ def embed_file(
     """
     reading = reading or ReadOptions()
     check_outputs(source, {out: CELLS}, force)
-    with inference_ranks() as here, _cells(source) as adata:
-        loaded = load(model, device=reading.device)
-        asked = {"rule": rule, **reading.options()}
-        parts = _parts(source, out, adata.n_obs, loaded, "embed", **asked)
-        with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
-            result = embed_cells(adata, loaded, parts=parts, progress=done, **asked)
-        merge_uns(adata, result.uns)
-        if here.rank == 0:
-            copy_with_results(source, out, obsm={EMBEDDING: result.values}, uns={UNS: adata.uns[UNS]})
-            parts.remove()
-        here.gather(None)
-    account = _account(source, out, loaded, result.uns, clock, here)
-    return {**account, "obsm": [EMBEDDING], "width": int(result.values.shape[1])}
+    with _open_job(source, out, model, device, "embed", reading, rule=rule) as job:
+        with job.clock():
+            result = embed_cells(job.adata, job.model, rule=rule, reading=reading, store=job.store, progress=progress)
+        job.write(result.uns, obsm={EMBEDDING: result.values})
+        return {**job.account(result.uns), "obsm": [EMBEDDING], "width": int(result.values.shape[1])}
 
 
 def perturb_file(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: PathLike,
+    out: PathLike,
     genes: Mapping[str, int],
     *,
     model: str | Path = "mini",
     reading: ReadOptions | None = None,
+    device: str = "auto",
     force: bool = False,
-    progress: ProgressOf = no_progress,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Copy a file of cells and put into the copy what changes with some genes at another level.
+    """Copy a file of cells and add to the copy what changes with some genes at another level.
 
     Parameters
     ----------
     genes
         As in :func:`scmulan.tl.perturb`.
-    source, out, model, reading, force, progress
+    source, out, model, reading, device, force, progress
         As in :func:`annotate_file`.
 
     Returns
     -------
     dict
         Account in plain types: ``input``, ``output``, ``cells``, ``model``, ``matrix``, ``genes``, ``changed`` (cells
-        of which a word changed), ``other_type`` (cells of another type than before), ``mean_shift`` (of changed
+        of which a token changed), ``other_type`` (cells of another type than before), ``mean_shift`` (of changed
         cells), ``seconds`` …
     """
     reading = reading or ReadOptions()
     check_outputs(source, {out: CELLS}, force)
-    with inference_ranks() as here, _cells(source) as adata:
-        loaded = load(model, device=reading.device)
-        parts = _parts(source, out, adata.n_obs, loaded, "perturb", levels=dict(genes), **reading.options())
-        with progress(-(-adata.n_obs // here.world)) as done, _Clock() as clock:
-            result = perturb_cells(adata, loaded, genes, parts=parts, progress=done, **reading.options())
-        merge_uns(adata, result.uns)
-        if here.rank == 0:
-            copy_with_results(source, out, obs=result.obs, uns={UNS: adata.uns[UNS]})
-            parts.remove()
-        here.gather(None)
-    changed = result.obs[PERTURBED]
-    return {
-        **_account(source, out, loaded, result.uns, clock, here),
-        "changed": int(changed.sum()),
-        "other_type": int(result.other_type.sum()),
-        "mean_shift": round(float(result.obs.loc[changed, SHIFT].mean()), 4) if changed.any() else 0.0,
-        "obs": list(result.obs.columns),
-    }
+    with _open_job(source, out, model, device, "perturb", reading, levels=dict(genes)) as job:
+        with job.clock():
+            result = perturb_cells(job.adata, job.model, genes, reading=reading, store=job.store, progress=progress)
+        job.write(result.uns, obs=result.obs)
+        changed = result.obs[PERTURBED]
+        return {
+            **job.account(result.uns),
+            "changed": int(changed.sum()),
+            "other_type": int(result.other_type.sum()),
+            "mean_shift": round(float(result.obs.loc[changed, SHIFT].mean()), 4) if changed.any() else 0.0,
+            "obs": list(result.obs.columns),
+        }
 
 
 def generate_file(
-    out: str | os.PathLike[str],
+    out: PathLike,
     metadata: Mapping[str, str],
     *,
     model: str | Path = "mini",
-    genes_from: str | os.PathLike[str] | None = None,
+    genes_from: PathLike | None = None,
     device: str = "auto",
     n: int = 100,
     force: bool = False,
-    progress: ProgressOf = no_progress,
+    progress: Progress = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write new cells into a file.
+    """Generate cells into a file.
 
     Parameters
     ----------
@@ -258,7 +210,7 @@ def generate_file(
     model, device, force, progress
         As in :func:`annotate_file`.
     genes_from
-        File whose genes are the only ones that may be written.
+        File whose genes are the only ones that may be drawn.
     n, **options
         As in :func:`scmulan.tl.generate`.
 
@@ -271,37 +223,38 @@ def generate_file(
     check_outputs(genes_from, {out: CELLS}, force)
     loaded = load(model, device=device)
     genes = None if genes_from is None else gene_names(genes_from, loaded)
-    with inference_ranks() as here:
-        with progress(-(-n // here.world)) as done, _Clock() as clock:
-            cells = generate(loaded, metadata, n=n, genes=genes, progress=done, **options)
-        if here.rank == 0:
+    with inference_ranks() as ranks:
+        start = time.perf_counter()
+        cells = generate(loaded, metadata, n=n, genes=genes, progress=progress, **options)
+        seconds = round(time.perf_counter() - start, 3)
+        if ranks.first:
             write_h5ad(cells, out)
-        here.gather(None)
+        ranks.gather(None)  # wait for the file
     words = cells.obs["words"].to_numpy()
-    told = cells.uns[UNS]
+    record = cells.uns[UNS]
     return {
         "output": str(out),
         "cells": cells.n_obs,
         "genes": cells.n_vars,
-        "model": told["model"],
-        "weights_hash": told["weights_hash"],
-        "prompt": told["prompt"],
+        "model": record["model"],
+        "weights_hash": record["weights_hash"],
+        "prompt": record["prompt"],
         "words_per_cell": {"mean": round(float(words.mean()), 2), "sd": round(float(words.std()), 2)},
         "complete": int(cells.obs["complete"].sum()),
-        "rank": here.rank,
-        "processes": here.world,
-        "parameters": told["parameters"]["generate"],
-        "seconds": clock.seconds,
+        "rank": ranks.rank,
+        "processes": ranks.world,
+        "parameters": record["parameters"]["generate"],
+        "seconds": seconds,
     }
 
 
-def gene_names(source: str | os.PathLike[str], model: LoadedModel) -> list[str]:
-    """Names of the genes that a file measured, from wherever in its ``var`` most of them are genes of the model."""
-    with _cells(source) as adata:
+def gene_names(source: PathLike, model: LoadedModel) -> list[str]:
+    """Return the genes that a file measured, from wherever in its ``var`` most of them are genes of the model."""
+    with _open_backed(source) as adata:
         return choose_names(choose_matrix(adata).var, model.vocabulary.genes)[0]
 
 
-def check_outputs(source: str | os.PathLike[str] | None, outputs: Mapping[Any, tuple[str, ...]], force: bool) -> None:
+def check_outputs(source: PathLike | None, outputs: Mapping[Any, tuple[str, ...]], force: bool) -> None:
     """Make sure, before any work, that all outputs can be written and none is the input.
 
     Parameters
@@ -324,60 +277,91 @@ def check_outputs(source: str | os.PathLike[str] | None, outputs: Mapping[Any, t
         check_output(path, force, suffixes=suffixes)
 
 
+@dataclass(kw_only=True, slots=True)
+class _Job:
+    """A verb's work from file to file."""
+
+    source: PathLike
+    out: PathLike
+    adata: ad.AnnData
+    """The input, backed."""
+    model: LoadedModel
+    store: BlockStore
+    ranks: Ranks
+    seconds: float = 0.0
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Measure the seconds of the work while the context is open."""
+        start = time.perf_counter()
+        yield
+        self.seconds = round(time.perf_counter() - start, 3)
+
+    def write(
+        self,
+        uns: Mapping[str, Any],
+        *,
+        obs: pd.DataFrame | None = None,
+        obsm: Mapping[str, Any] | None = None,
+        table: PathLike | None = None,
+    ) -> None:
+        """Let the first process write the results, and wait for it."""
+        add_record(self.adata, uns)
+        if self.ranks.first:
+            copy_with_results(self.source, self.out, obs=obs, obsm=obsm, uns={UNS: self.adata.uns[UNS]})
+            if table is not None and obs is not None:
+                write_table(obs.rename_axis("cell"), table)
+            self.store.remove()
+        self.ranks.gather(None)
+
+    def account(self, uns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of the account that all verbs share."""
+        record = {name: uns[name] for name in ("cells", "model", "weights_hash", "words_per_cell", "matrix", "genes")}
+        return {
+            "input": str(self.source),
+            "output": str(self.out),
+            **record,
+            "summary": uns["summary"],
+            "device": str(self.model.network.device),
+            "rank": self.ranks.rank,
+            "processes": self.ranks.world,
+            "parameters": uns["parameters"],
+            "seconds": self.seconds,
+            "cells_per_second": round(uns["cells"] / self.seconds, 1) if self.seconds else None,
+        }
+
+
 @contextmanager
-def _cells(source: str | os.PathLike[str]) -> Iterator[ad.AnnData]:
+def _open_job(
+    source: PathLike,
+    out: PathLike,
+    model: str | Path,
+    device: str,
+    verb: str,
+    reading: ReadOptions,
+    **options: Any,
+) -> Iterator[_Job]:
+    """Open input, model and store of a job; ``options`` are what decides the results beside the reading."""
+    with inference_ranks() as ranks, _open_backed(source) as adata:
+        loaded = load(model, device=device)
+        store = BlockStore()
+        # A job of a single block has nothing to continue from, and leaves nothing on the disk.
+        if adata.n_obs > reading.cells_per_block(loaded):
+            decisive = {k: v for k, v in asdict(reading).items() if k != "batch_tokens"}
+            software = {"scmulan": scmulan.__version__, "device": loaded.network.device.type}
+            job = {"verb": verb, "weights": loaded.weights_hash, **software, **decisive, **options}
+            store = BlockStore.of_job(source, out, job)
+        yield _Job(source=source, out=out, adata=adata, model=loaded, store=store, ranks=ranks)
+
+
+@contextmanager
+def _open_backed(source: PathLike) -> Iterator[ad.AnnData]:
     adata = open_input(source, backed=True)
     try:
         yield adata
     finally:
         if adata.isbacked:
             adata.file.close()
-
-
-class _Clock:
-    """Seconds that a block took."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> "_Clock":
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = round(time.perf_counter() - self._start, 3)
-
-
-def _parts(source: Any, out: Any, cells: int, model: LoadedModel, verb: str, **options: Any) -> BlockStore:
-    """Parts of the job that these options make; how many words go together changes none of them.
-
-    A job of a single block has nothing to go on from, and leaves nothing on the disk.
-    """
-    if cells <= block_cells(model):
-        return BlockStore()
-    job = {k: v for k, v in options.items() if k != "batch_tokens"}
-    device = model.network.word.weight.device.type
-    return parts_of(
-        source, out, {"verb": verb, "weights": model.weights_hash, "scmulan": scmulan.__version__, "on": device, **job}
-    )
-
-
-def _account(
-    source: Any, out: Any, model: LoadedModel, uns: Mapping[str, Any], clock: _Clock, here: Ranks
-) -> dict[str, Any]:
-    """Tell what both verbs have to tell."""
-    told = {name: uns[name] for name in ("cells", "model", "weights_hash", "words_per_cell", "matrix", "genes")}
-    return {
-        "input": str(source),
-        "output": str(out),
-        **told,
-        "summary": uns["summary"],
-        "device": str(model.network.word.weight.device),
-        "rank": here.rank,
-        "processes": here.world,
-        "parameters": uns["parameters"],
-        "seconds": clock.seconds,
-        "cells_per_second": round(uns["cells"] / clock.seconds, 1) if clock.seconds else None,
-    }
 
 
 def _counts(types: pd.Series) -> dict[str, int]:

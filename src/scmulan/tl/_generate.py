@@ -1,7 +1,6 @@
-"""What would such a cell look like?"""
+"""``scmulan.tl.generate``: generate cells from metadata."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import anndata as ad
@@ -9,17 +8,16 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-import scmulan
 from scmulan._dist import inference_ranks
 from scmulan._keys import UNS
-from scmulan._progress import Advance as Progress
+from scmulan._progress import SILENT, Progress
 from scmulan.errors import ScmulanError
-from scmulan.generate.blocks import generate_in_blocks
+from scmulan.generate.blocks import BlockConfig, decode_in_blocks
 from scmulan.generate.decoding import CPU_ROWS, DecodingConfig, decode_cells
-from scmulan.generate.sampling import Rule
-from scmulan.generate.speculative import MOST
+from scmulan.generate.speculative import MAX_DRAFT_LENGTH
 from scmulan.infer.precision import Precision, apply_precision
 from scmulan.model.loading import LoadedModel
+from scmulan.tl._record import ModelLike, as_model, provenance
 from scmulan.vocab.binning import debin
 from scmulan.vocab.genes import match_genes
 from scmulan.vocab.sentences import Sentences, decode
@@ -27,12 +25,12 @@ from scmulan.vocab.tasks import GENERATE
 from scmulan.vocab.vocabulary import Family, family_of_field
 
 GenerateRule = Literal["default", "exact", "release"]
-# More blocks let genes depend on more of each other, and take longer.
 BLOCKS = 8
+"""Blocks of a cell. More let genes depend on more of each other, and take longer."""
 
 
 def generate(
-    model: LoadedModel,
+    model: ModelLike,
     metadata: Mapping[str, str] | None = None,
     *,
     n: int = 100,
@@ -44,15 +42,15 @@ def generate(
     max_words: int = 1_550,
     draft: int | None = None,
     precision: Precision = "fp32",
-    batch: int | None = None,
-    progress: Progress = lambda n: None,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
 ) -> ad.AnnData:
-    """Write new cells; under ``torchrun`` each process writes its share, and all get all cells.
+    """Generate cells from metadata.
 
     Parameters
     ----------
     model
-        From :func:`scmulan.load`.
+        From :func:`scmulan.load`, or its name or folder.
     metadata
         What the cells should be: any subset of ``organ``, ``region``, ``age``, ``sex``, ``status``, ``technology``,
         ``cell_type_coarse``, ``cell_type``; e.g. ``{"organ": "Blood", "cell_type": "B cell"}``.
@@ -61,89 +59,61 @@ def generate(
     seed
         The same seed gives the same cells; the first cells do not depend on ``n``.
     temperature
-        Below 1 the likely genes are preferred.
+        Below 1, likely genes are preferred.
     rule
         ``"default"``: what suits the model: in blocks with the number of genes of its training cells
         (:mod:`scmulan.generate.blocks`) where its card says how, else as ``"exact"``.
-        ``"exact"``: each word from the model's likelihood given those before it; of a published model, by its chances
-        (:mod:`scmulan.generate.sampling`).
+        ``"exact"``: each token from the model's likelihood given those before it; of a published model, by its
+        probabilities (:mod:`scmulan.generate.sampling`).
         ``"release"``: softmax over the logits, values at their mean, as the published release samples.
     values
         ``"sample"`` draws each value from its distribution where the model has one, ``"mean"`` takes its mean.
     genes
-        Genes that may be written, as symbols or Ensembl ids: cells then compare with a data set of that panel.
+        Genes that may be drawn, as symbols or Ensembl ids: cells then compare with a data set of that panel.
         Default: all of the model's genes.
     max_words
         Most genes of a cell.
     draft
-        Words of a cell that are guessed and then checked in one pass (:mod:`scmulan.generate.speculative`), where the
-        rule says words one by one; 1 does without. Speed only: cells are the same. Default: as many as are fastest.
+        Tokens of a cell that are drafted and verified in one pass (:mod:`scmulan.generate.speculative`), where the
+        rule draws token by token; 1 does without. Speed only: cells are the same. Default: what is fastest.
     precision
-        In what to compute: ``"fp32"``, ``"bf16"``, ``"int8"``, or ``"auto"`` (:mod:`scmulan.infer.precision`).
-        Another precision writes other cells.
-    batch
-        Cells written side by side; cells do not depend on it. Default: what suits the device and its memory.
+        ``"fp32"``, ``"bf16"``, ``"int8"``, or ``"auto"`` (:mod:`scmulan.infer.precision`). Another precision generates
+        other cells.
+    batch_size
+        Cells decoded side by side. Speed only. Default: what suits the device and its memory.
     progress
-        Called with the number of cells just done.
+        Shows how far it is.
 
     Returns
     -------
     anndata.AnnData
         ``n`` cells × the model's genes. ``X`` (float32 CSR): log1p of counts per 10,000, de-binned as in
-        :func:`scmulan.vocab.binning.debin`; ``layers['level']``: the bins 1…10 as written;
-        ``obs``: the prompt, ``words`` (genes written), ``complete`` (False where ``max_words`` came first).
+        :func:`scmulan.vocab.binning.debin`; ``layers['level']``: the bins 1…10 as drawn;
+        ``obs``: the prompt, ``words`` (number of genes), ``complete`` (False where ``max_words`` came first).
 
     Raises
     ------
     VocabularyError
-        If a metadata field or word is unknown; the nearest words are suggested.
+        If a metadata field or value is unknown; the nearest ones are suggested.
+    ScmulanError
+        If a number is out of bounds.
+
+    Notes
+    -----
+    Under ``torchrun`` each process generates a part of the cells, and each gets all of them.
     """
     metadata = dict(metadata or {})
-    _positive(n=n, temperature=temperature, max_words=max_words, draft=draft, batch=batch)
-    if draft is not None and draft > MOST:
-        raise ScmulanError(f"draft is {draft}: expected at most {MOST} words")
-    model = apply_precision(model, precision, tokens=CPU_ROWS)
-    vocabulary = model.vocabulary
-    prompt = np.array([*vocabulary.metadata_ids(metadata), vocabulary.prompts[GENERATE.name]])
-    allowed = None
-    if genes is not None:
-        match = match_genes(list(genes), vocabulary.genes, source="`genes`", warn_below=0.0)
-        allowed = np.zeros(len(vocabulary), dtype=bool)
-        allowed[vocabulary.ids(Family.GENE)[match.columns[match.columns >= 0]]] = True
-    shared: dict[str, Any] = {"n": n, "seed": seed, "genes": allowed, "progress": progress}
-    how: dict[str, Any] = {
+    _check_bounds(n=n, temperature=temperature, max_words=max_words, draft=draft, batch_size=batch_size)
+    model = apply_precision(as_model(model), precision, tokens=CPU_ROWS)
+    prompt = np.array([*model.vocabulary.metadata_ids(metadata), model.vocabulary.prompts[GENERATE.name]])
+    panel = None if genes is None else _panel(model, genes)
+    sampling = {
         "temperature": temperature,
         "sample_values": values == "sample" and rule != "release",
-        "max_words": max_words,
+        "max_tokens": max_words,
     }
-    depth = model.card.get("depth")
-    write: Callable[..., Sentences]
-    if rule == "default" and depth is not None:
-        factor = _depth_factor(depth, metadata, [vocabulary.tokens[i] for i in prompt])
-        spread = float(depth["spread"])
-        write = partial(
-            generate_in_blocks, blocks=BLOCKS, factor=factor, spread=spread, batch=batch or CPU_ROWS, **how, **shared
-        )
-    else:
-        config = DecodingConfig(rule=_rule(model, rule), draft=draft, batch=batch, **how)
-        write = partial(decode_cells, config=config, **shared)
-    with inference_ranks() as here:
-        mine = write(model, prompt, share=slice(here.rank, None, here.world))
-        given = here.gather([(*mine[i], int(mine.prompt[i])) for i in range(len(mine))])
-    sentences = Sentences.join([given[i % here.world][i // here.world] for i in range(n)])
-    cells = decode(sentences, vocabulary)
-    covered = float(model.card.get("covered", 1.0))
-    shape = (n, len(vocabulary.genes))
-    x = sp.csr_matrix((debin(cells.indptr, cells.level, covered=covered), cells.gene, cells.indptr), shape=shape)
-    level = sp.csr_matrix((cells.level, cells.gene, cells.indptr), shape=shape)
-    words = {str(family_of_field(f)): vocabulary.tokens[i] for f, i in zip(metadata, prompt, strict=False)}
-    obs = pd.DataFrame(
-        {f"prompt_{k}": pd.Categorical([v] * n) for k, v in words.items()},
-        index=pd.Index([f"generated-{seed}-{i}" for i in range(n)]),
-    )
-    obs["words"] = np.diff(cells.indptr)
-    obs["complete"] = cells.complete
-    out = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pd.Index(vocabulary.genes)), layers={"level": level})
+    config = _config(model, metadata, prompt, rule, sampling, draft, batch_size)
+    sentences = _decode_shared(model, prompt, n, config, seed=seed, genes=panel, progress=progress)
     parameters = {
         "n": n,
         "seed": seed,
@@ -152,34 +122,101 @@ def generate(
         "values": values,
         "max_words": max_words,
         "precision": model.network.precision,
-        "panel": "all genes" if allowed is None else f"{int(allowed.sum())} genes",
+        "panel": "all genes" if panel is None else f"{int(panel.sum())} genes",
     }
-    out.uns[UNS] = {
-        "version": scmulan.__version__,
-        "model": str(model.card.get("name", model.folder.name)),
-        "weights_hash": model.weights_hash,
-        "prompt": words,
-        "covered": covered,
-        "parameters": {"generate": parameters},
-    }
-    return out
+    return _to_adata(model, sentences, metadata, prompt, parameters)
 
 
-def _depth_factor(depth: Mapping[str, Any], metadata: Mapping[str, str], words: Sequence[str]) -> float:
-    """Factor on the expected number of genes, from what the card says of the prompt's words."""
-    families = (str(family_of_field(field)) for field in metadata)
-    return float(
-        np.exp(depth["base"] + sum(depth["words"][f].get(w, 0.0) for f, w in zip(families, words, strict=False)))
-    )
-
-
-def _rule(model: LoadedModel, rule: str) -> Rule:
-    if rule == "release":
-        return "release"
-    return "set" if model.card.get("objective", "published") == "published" else "softmax"
-
-
-def _positive(**numbers: Any) -> None:
+def _check_bounds(**numbers: Any) -> None:
     for name, number in numbers.items():
         if number is not None and not number > 0:
             raise ScmulanError(f"{name} is {number}: expected a positive number")
+    if numbers["draft"] is not None and numbers["draft"] > MAX_DRAFT_LENGTH:
+        raise ScmulanError(f"draft is {numbers['draft']}: expected at most {MAX_DRAFT_LENGTH} words")
+
+
+def _panel(model: LoadedModel, genes: Sequence[str]) -> np.ndarray:
+    """Return which tokens are genes of a panel, bool ``[V]``."""
+    match = match_genes(list(genes), model.vocabulary.genes, source="`genes`", warn_below=0.0)
+    panel = np.zeros(len(model.vocabulary), dtype=bool)
+    panel[model.vocabulary.ids(Family.GENE)[match.columns[match.columns >= 0]]] = True
+    return panel
+
+
+def _config(
+    model: LoadedModel,
+    metadata: Mapping[str, str],
+    prompt: np.ndarray,
+    rule: GenerateRule,
+    sampling: Mapping[str, Any],
+    draft: int | None,
+    batch_size: int | None,
+) -> BlockConfig | DecodingConfig:
+    """Choose how to decode: in blocks where the card tells the depth of training cells, else token by token."""
+    depth = model.card.get("depth")
+    if rule == "default" and depth is not None:
+        tokens = [model.vocabulary.tokens[i] for i in prompt]
+        families = [str(family_of_field(field)) for field in metadata]
+        effects = (depth["words"][f].get(t, 0.0) for f, t in zip(families, tokens, strict=False))
+        factor = float(np.exp(depth["base"] + sum(effects)))
+        return BlockConfig(
+            blocks=BLOCKS,
+            depth_factor=factor,
+            depth_spread=float(depth["spread"]),
+            batch_size=batch_size or CPU_ROWS,
+            **sampling,
+        )
+    published = model.card.get("objective", "published") == "published"
+    by_objective: Literal["set", "softmax"] = "set" if published else "softmax"
+    return DecodingConfig(
+        rule="release" if rule == "release" else by_objective, draft=draft, batch_size=batch_size, **sampling
+    )
+
+
+def _decode_shared(
+    model: LoadedModel,
+    prompt: np.ndarray,
+    n: int,
+    config: BlockConfig | DecodingConfig,
+    *,
+    seed: int,
+    genes: np.ndarray | None,
+    progress: Progress,
+) -> Sentences:
+    """Decode this process's part of the cells, and return those of all processes."""
+    with inference_ranks() as ranks:
+        rows = slice(ranks.rank, None, ranks.world)
+        with progress.bar(len(range(n)[rows])) as advance:
+            if isinstance(config, BlockConfig):
+                mine = decode_in_blocks(
+                    model, prompt, n, config=config, seed=seed, rows=rows, genes=genes, advance=advance
+                )
+            else:
+                mine = decode_cells(model, prompt, n, config=config, seed=seed, rows=rows, genes=genes, advance=advance)
+        parts = ranks.gather([(*mine[i], int(mine.prompt[i])) for i in range(len(mine))])
+    return Sentences.join([parts[i % ranks.world][i // ranks.world] for i in range(n)])
+
+
+def _to_adata(
+    model: LoadedModel,
+    sentences: Sentences,
+    metadata: Mapping[str, str],
+    prompt: np.ndarray,
+    parameters: Mapping[str, Any],
+) -> ad.AnnData:
+    vocabulary, n = model.vocabulary, len(sentences)
+    cells = decode(sentences, vocabulary)
+    covered = float(model.card.get("covered", 1.0))
+    shape = (n, len(vocabulary.genes))
+    x = sp.csr_matrix((debin(cells.indptr, cells.level, covered=covered), cells.gene, cells.indptr), shape=shape)
+    level = sp.csr_matrix((cells.level, cells.gene, cells.indptr), shape=shape)
+    requested = {str(family_of_field(f)): vocabulary.tokens[i] for f, i in zip(metadata, prompt, strict=False)}
+    obs = pd.DataFrame(
+        {f"prompt_{k}": pd.Categorical([v] * n) for k, v in requested.items()},
+        index=pd.Index([f"generated-{parameters['seed']}-{i}" for i in range(n)]),
+    )
+    obs["words"] = np.diff(cells.indptr)
+    obs["complete"] = cells.complete
+    adata = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pd.Index(vocabulary.genes)), layers={"level": level})
+    adata.uns[UNS] = provenance(model, "generate", parameters, prompt=requested, covered=covered)
+    return adata

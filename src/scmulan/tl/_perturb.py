@@ -1,4 +1,4 @@
-"""What if this gene were silent? Cells are read again with some genes at another level."""
+"""``scmulan.tl.perturb``: read cells again with some genes at another level."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,13 +11,15 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmulan._keys import PERTURBED, PERTURBED_CELL_TYPE, PERTURBED_PROBABILITY, PROBABILITY_BEFORE, SHIFT, UNKNOWN
-from scmulan._progress import Advance as Progress
+from scmulan._progress import SILENT, Advance, Progress
 from scmulan.errors import InputError, ModelError
 from scmulan.infer.batching import TokenBudget
 from scmulan.infer.precision import Precision
-from scmulan.infer.scoring import score_labels
+from scmulan.infer.scoring import LabelScores, score_labels
 from scmulan.model.loading import LoadedModel
-from scmulan.tl._blockwise import BlockStore, CellReader, merge_uns, provenance, run_blocks
+from scmulan.tl._block_store import BlockStore
+from scmulan.tl._blockwise import ReadOptions, run_blocks
+from scmulan.tl._record import ModelLike, add_columns, add_record, as_model, in_place_or_copy
 from scmulan.vocab.binning import GeneTokens
 from scmulan.vocab.gene_table import GeneTable
 from scmulan.vocab.sentences import Sentences, gene_prompts
@@ -27,52 +29,68 @@ from scmulan.vocab.vocabulary import Family
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What the model says of all cells of an input once some genes have another level.
+    """What the model reads in all cells of an input once some genes have another level.
 
     Parameters
     ----------
     obs
         One row per cell, columns as in :func:`perturb`.
     other_type
-        Bool ``[cells]``: whether the type is another than before.
+        Bool ``[cells]``: whether the most probable type is another than before.
     uns
-        Contents of ``uns['scmulan']``.
+        The record for ``uns['scmulan']``.
     """
 
     obs: pd.DataFrame
     other_type: np.ndarray
     uns: dict[str, Any]
 
+    def add_to(self, adata: ad.AnnData, key_added: str | None = None) -> None:
+        """Put the results into an AnnData of the same cells, under keys as in :func:`perturb`."""
+        add_columns(adata, self.obs, PERTURBED, key_added)
+        add_record(adata, self.uns, key_added)
+
 
 def perturb(
     adata: ad.AnnData,
-    model: LoadedModel,
+    model: ModelLike,
     genes: Mapping[str, int],
     *,
     layer: str | None = None,
     matrix_kind: Literal["counts", "log1p"] | None = None,
     min_genes: int = 20,
     precision: Precision = "auto",
-) -> None:
-    """Read each cell with some genes at another level and say what changes, in place.
+    key_added: str | None = None,
+    copy: bool = False,
+    progress: Progress = SILENT,
+) -> ad.AnnData | None:
+    """Perturb cells: read each again with some genes at another level, and compare.
 
     Parameters
     ----------
-    adata, model, layer, matrix_kind, min_genes, precision
+    adata, model, layer, matrix_kind, min_genes, precision, copy, progress
         As in :func:`scmulan.tl.annotate`.
     genes
         Level of each gene: 0 (silent) to the number of the model's bins (10: as high as the cell's highest gene).
+    key_added
+        Prefix of the columns, and key of ``uns``: several perturbations then stand side by side. Default:
+        ``scmulan_perturbed``, and ``uns['scmulan']``.
 
-    Notes
-    -----
-    Adds to ``obs``: ``scmulan_perturbed`` (bool: whether a word of the cell changed; nothing else changes where not),
-    ``scmulan_perturbed_cell_type`` (category), ``scmulan_perturbed_probability`` and
-    ``scmulan_perturbed_probability_before`` (float32: of the type that the cell had before, after and before the
-    change) and ``scmulan_perturbed_shift`` (float32: one minus the cosine between both embeddings). Adds
-    ``uns['scmulan']``.
+    Returns
+    -------
+    anndata.AnnData or None
+        The copy with ``copy=True``, else None. Added to ``obs`` are
 
-    This is how the model reads the changed cell, which tells what a gene says about a cell's type. It does not tell
-    what a living cell would become: no downstream gene is changed.
+        ``scmulan_perturbed``
+            bool, whether a token of the cell changed; where not, nothing else changes;
+        ``scmulan_perturbed_cell_type``
+            category;
+        ``scmulan_perturbed_probability``, ``scmulan_perturbed_probability_before``
+            float32, of the type that the cell had before, after and before the change;
+        ``scmulan_perturbed_shift``
+            float32, one minus the cosine between both embeddings.
+
+        Added to ``uns['scmulan']``: as by :func:`scmulan.tl.annotate`.
 
     Raises
     ------
@@ -80,13 +98,17 @@ def perturb(
         If a gene or level is unknown to the model.
     MatrixError, GeneError, ModelError
         If the input or the model cannot be used; nothing is changed then.
+
+    Notes
+    -----
+    This is how the model reads the changed cell, which tells what a gene says about a cell's type. It does not tell
+    what a living cell would become: no downstream gene is changed.
     """
-    result = perturb_cells(
-        adata, model, genes, layer=layer, matrix_kind=matrix_kind, min_genes=min_genes, precision=precision
-    )  # fmt: skip
-    for column in result.obs:
-        adata.obs[column] = result.obs[column]
-    merge_uns(adata, result.uns)
+    reading = ReadOptions(layer=layer, matrix_kind=matrix_kind, min_genes=min_genes, precision=precision)
+    result = perturb_cells(adata, as_model(model), genes, reading=reading, progress=progress)
+    adata = in_place_or_copy(adata, copy)
+    result.add_to(adata, key_added)
+    return adata if copy else None
 
 
 def perturb_cells(
@@ -94,57 +116,38 @@ def perturb_cells(
     model: LoadedModel,
     genes: Mapping[str, int],
     *,
-    layer: str | None = None,
-    matrix_kind: Literal["counts", "log1p"] | None = None,
-    min_genes: int = 20,
-    precision: Precision = "auto",
-    batch_tokens: int | None = None,
-    parts: BlockStore | None = None,
-    progress: Progress = lambda n: None,
+    reading: ReadOptions | None = None,
+    store: BlockStore | None = None,
+    progress: Progress = SILENT,
 ) -> Perturbation:
-    """Read each cell twice and leave the input alone; parameters as in :func:`perturb`.
+    """Perturb cells and leave the input as it is; parameters as in :func:`perturb`.
 
     Parameters
     ----------
-    batch_tokens, parts, progress
-        As in :func:`scmulan.tl._annotate.annotate_cells`.
+    reading
+        How cells are read.
+    store
+        Where results of finished blocks are kept, and taken from.
     """
     fine = model.vocabulary.names(Family.FINE)
     if not fine:
         raise ModelError(
             f"model {model.folder.name} has no cell types in its vocabulary: it cannot tell a change of type"
         )
-    levels = {gene_place(model, name): level_of(model, name, level) for name, level in genes.items()}
-    reader = CellReader(adata, model, layer=layer, matrix_kind=matrix_kind, min_genes=min_genes)
+    levels = {find_gene(model, name): check_level(model, name, level) for name, level in genes.items()}
 
-    def work(used: LoadedModel, prompts: Sentences, words: GeneTokens, budget: TokenBudget) -> dict[str, np.ndarray]:
-        other = with_levels(words, levels)
-        changed = _differs(words, other, len(used.vocabulary.genes))
-        before = score_labels(used, prompts, budget=budget, advance=progress)
-        rows = np.flatnonzero(changed)
-        asked = gene_prompts(other, used.vocabulary, ANNOTATE).take(rows)
-        after = score_labels(used, asked, budget=budget)
-        had = before.fine.argmax(1)
-        probability = np.take_along_axis(before.fine, had[:, None], 1)[:, 0]
-        out = {
-            "changed": changed,
-            "before": probability,
-            "after": probability.copy(),
-            "had": had.astype(np.int32),
-            "fine": had.astype(np.int32),
-            "shift": np.zeros(len(words), dtype=np.float32),
-        }
-        out["after"][rows] = np.take_along_axis(after.fine, had[rows, None], 1)[:, 0]
-        out["fine"][rows] = after.fine.argmax(1)
-        lengths = np.linalg.norm(before.hidden[rows], axis=1) * np.linalg.norm(after.hidden, axis=1)
-        out["shift"][rows] = 1 - (before.hidden[rows] * after.hidden).sum(1) / np.maximum(lengths, 1e-12)
-        return out
+    def work(
+        used: LoadedModel, prompts: Sentences, tokens: GeneTokens, budget: TokenBudget, advance: Advance
+    ) -> dict[str, np.ndarray]:
+        perturbed = set_levels(tokens, levels)
+        changed = _changed_cells(tokens, perturbed, len(used.vocabulary.genes))
+        before = score_labels(used, prompts, budget=budget, advance=advance)
+        again = gene_prompts(perturbed, used.vocabulary, ANNOTATE).take(np.flatnonzero(changed))
+        return {"changed": changed, **_compare(before, score_labels(used, again, budget=budget), changed)}
 
-    done = run_blocks(
-        reader, model, work, precision=precision, batch_tokens=batch_tokens, parts=parts, progress=progress
-    )
-    found = done.columns("changed", "before", "after", "had", "fine", "shift", "words", "covered")
-    empty = found["words"] == 0
+    results = run_blocks(adata, model, work, reading or ReadOptions(), store=store, progress=progress)
+    found = results.columns("changed", "before", "after", "fine_before", "fine", "shift", "tokens")
+    empty = found["tokens"] == 0
     types = np.where(empty & ~found["changed"], UNKNOWN, np.array(fine, dtype=object)[found["fine"]])
     present = [name for name in (*fine, UNKNOWN) if name in set(types)]
     obs = pd.DataFrame(
@@ -157,16 +160,15 @@ def perturb_cells(
         },
         index=adata.obs_names,
     )
-    parameters = {
-        "genes": {model.vocabulary.genes[g]: level for g, level in levels.items()},
-        "layer": layer, "state": matrix_kind, "min_genes": min_genes, "precision": done.precision,
-    }  # fmt: skip
-    account = reader.account(int(found["words"].sum()), found["covered"])
-    return Perturbation(obs, found["fine"] != found["had"], provenance(model, "perturb", parameters, account))
+    return Perturbation(
+        obs=obs,
+        other_type=found["fine"] != found["fine_before"],
+        uns=results.provenance("perturb", {"genes": {model.vocabulary.genes[g]: level for g, level in levels.items()}}),
+    )
 
 
-def gene_place(model: LoadedModel, name: str) -> int:
-    """Place of a gene among the model's, from a symbol, alias or Ensembl id.
+def find_gene(model: LoadedModel, name: str) -> int:
+    """Return the index of a gene among the model's, from a symbol, alias or Ensembl id.
 
     Raises
     ------
@@ -182,8 +184,8 @@ def gene_place(model: LoadedModel, name: str) -> int:
     raise InputError(f"gene {name!r} is none of the {len(genes):,} genes of model {model.folder.name}{hint}")
 
 
-def level_of(model: LoadedModel, name: str, level: int) -> int:
-    """Check a level.
+def check_level(model: LoadedModel, name: str, level: int) -> int:
+    """Return a level, checked.
 
     Raises
     ------
@@ -195,21 +197,40 @@ def level_of(model: LoadedModel, name: str, level: int) -> int:
     return level
 
 
-def with_levels(words: GeneTokens, levels: Mapping[int, int]) -> GeneTokens:
-    """Gene words of the same cells with some genes (places) at given levels; at level 0 they are not said."""
-    row = np.repeat(np.arange(len(words)), words.lengths)
-    keep = ~np.isin(words.gene, list(levels))
-    said = {g: level for g, level in levels.items() if level > 0}
-    cells = np.arange(len(words))
-    row = np.concatenate([row[keep], *(cells for _ in said)])
-    gene = np.concatenate([words.gene[keep], *(np.full(len(words), g, words.gene.dtype) for g in said)])
-    level = np.concatenate([words.level[keep], *(np.full(len(words), v, words.level.dtype) for v in said.values())])
+def set_levels(tokens: GeneTokens, levels: Mapping[int, int]) -> GeneTokens:
+    """Return the gene tokens of the same cells with some genes (indices) at given levels; without those at level 0."""
+    n = len(tokens)
+    row = np.repeat(np.arange(n), tokens.lengths)
+    keep = ~np.isin(tokens.gene, list(levels))
+    added = {g: level for g, level in levels.items() if level > 0}
+    row = np.concatenate([row[keep], *(np.arange(n) for _ in added)])
+    gene = np.concatenate([tokens.gene[keep], *(np.full(n, g, tokens.gene.dtype) for g in added)])
+    level = np.concatenate([tokens.level[keep], *(np.full(n, v, tokens.level.dtype) for v in added.values())])
     order = np.lexsort((gene, row))
-    indptr = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=len(words)))))
-    return GeneTokens(indptr, gene[order], level[order], words.maximum, words.covered)
+    indptr = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=n))))
+    return GeneTokens(indptr, gene[order], level[order], tokens.maximum, tokens.covered)
 
 
-def _differs(a: GeneTokens, b: GeneTokens, genes: int) -> np.ndarray:
-    """Which cells have other words in one than in the other: bool ``[cells]``."""
-    tables = [sp.csr_matrix((w.level.astype(np.int16), w.gene, w.indptr), shape=(len(w), genes)) for w in (a, b)]
+def _changed_cells(a: GeneTokens, b: GeneTokens, n_genes: int) -> np.ndarray:
+    """Return which cells have other tokens in one than in the other, bool ``[cells]``."""
+    tables = [sp.csr_matrix((t.level.astype(np.int16), t.gene, t.indptr), shape=(len(t), n_genes)) for t in (a, b)]
     return np.diff((tables[0] != tables[1]).tocsr().indptr) > 0
+
+
+def _compare(before: LabelScores, after: LabelScores, changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Compare the scores of all cells before with those of changed cells after."""
+    rows = np.flatnonzero(changed)
+    type_before = before.fine.argmax(1)
+    probability = np.take_along_axis(before.fine, type_before[:, None], 1)[:, 0]
+    out = {
+        "before": probability,
+        "after": probability.copy(),
+        "fine_before": type_before.astype(np.int32),
+        "fine": type_before.astype(np.int32),
+        "shift": np.zeros(len(changed), dtype=np.float32),
+    }
+    out["after"][rows] = np.take_along_axis(after.fine, type_before[rows, None], 1)[:, 0]
+    out["fine"][rows] = after.fine.argmax(1)
+    norms = np.linalg.norm(before.hidden[rows], axis=1) * np.linalg.norm(after.hidden, axis=1)
+    out["shift"][rows] = 1 - (before.hidden[rows] * after.hidden).sum(1) / np.maximum(norms, 1e-12)
+    return out

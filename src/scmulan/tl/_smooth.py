@@ -1,4 +1,4 @@
-"""What do a cell's neighbours say it is?"""
+"""``scmulan.tl.smooth``: let a cell's nearest neighbours vote on its type."""
 
 from typing import Any
 
@@ -9,98 +9,124 @@ import torch
 
 from scmulan._keys import CELL_TYPE, EMBEDDING, SMOOTHED, SMOOTHED_FRACTION, UNS
 from scmulan.errors import InputError
+from scmulan.tl._record import add_columns, in_place_or_copy
 
-NEIGHBOURS = 15
-# Similarities of so many pairs of cells are held at a time: 128 MiB.
-PAIRS = 2**25
+N_NEIGHBORS = 15
+"""As in the published release."""
+MAX_PAIRS = 2**25
+"""Pairs of cells whose similarities are held at a time: 128 MiB."""
 
 
-def smooth(adata: ad.AnnData, *, neighbours: int = NEIGHBOURS, use_rep: str = EMBEDDING) -> None:
-    """Give each cell the type that most of its nearest neighbours have, in place.
+def smooth(
+    adata: ad.AnnData,
+    *,
+    n_neighbors: int = N_NEIGHBORS,
+    use_rep: str = EMBEDDING,
+    cell_type_key: str = CELL_TYPE,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> ad.AnnData | None:
+    """Smooth cell types: give each cell the type that most of its nearest neighbours have.
 
     Types of single cells scatter where few genes were seen; cells of a kind lie together. The published release
-    offers a like vote (15 neighbours), CellTypist a majority within clusters.
+    offers a similar vote (15 neighbours), CellTypist a majority within clusters.
 
     Parameters
     ----------
     adata
-        Cells that :func:`annotate` and :func:`embed` have been at.
-    neighbours
-        How many cells vote, the cell itself among them.
+        Cells with the results of :func:`annotate` and :func:`embed`.
+    n_neighbors
+        Number of cells that vote, the cell itself among them.
     use_rep
         Key of ``obsm`` by which cells are near (cosine).
+    cell_type_key
+        Key of ``obs``: types to smooth.
+    key_added
+        Prefix of the columns, and key of ``uns``. Default: ``scmulan_cell_type_smoothed`` (the name of the types
+        smoothed, and ``_smoothed``), and ``uns['scmulan']``.
+    copy
+        Return a copy with the results and leave ``adata`` as it is.
 
-    Notes
-    -----
-    Adds to ``obs``: ``scmulan_cell_type_smoothed`` (category; where votes are equal, the cell's own type is kept) and
-    ``scmulan_cell_type_smoothed_share`` (float32; share of the votes that the type has). ``scmulan_cell_type`` stays
-    as it is. Cells without gene words (all zeros in ``use_rep``) have no vote, and keep their type with a share of 0.
-
-    A cell's smoothed type depends on the other cells of the input. The search is exact: its time grows with the square
-    of the number of cells.
+    Returns
+    -------
+    anndata.AnnData or None
+        The copy with ``copy=True``, else None. Added to ``obs`` are ``scmulan_cell_type_smoothed`` (category; where
+        votes are equal, the cell's own type is kept) and ``scmulan_cell_type_smoothed_share`` (float32, fraction of the
+        votes that the type has). ``scmulan_cell_type`` stays as it is. Cells without gene tokens (all zeros in
+        ``use_rep``) have no vote, and keep their type with a fraction of 0.
 
     Raises
     ------
     InputError
-        If types or embedding are missing, or ``neighbours`` is less than 1.
+        If types or embedding are missing, or ``n_neighbors`` is less than 1.
+
+    Notes
+    -----
+    A cell's smoothed type depends on the other cells of the input. The search is exact: its time grows with the square
+    of the number of cells.
     """
-    for where, key, verb in ((adata.obs, CELL_TYPE, "annotate"), (adata.obsm, use_rep, "embed")):
+    for where, key, verb in ((adata.obs, cell_type_key, "annotate"), (adata.obsm, use_rep, "embed")):
         if key not in where:
             raise InputError(f"{key!r} is missing: run scmulan.tl.{verb} before scmulan.tl.smooth")
-    found = smooth_types(adata.obs[CELL_TYPE], np.asarray(adata.obsm[use_rep]), neighbours)
-    for column in found:
-        adata.obs[column] = found[column]
-    told = dict(adata.uns.get(UNS, {}))
-    told["parameters"] = {**told.get("parameters", {}), "smooth": {"neighbours": neighbours, "use_rep": use_rep}}
-    adata.uns[UNS] = told
+    found = smooth_types(adata.obs[cell_type_key], np.asarray(adata.obsm[use_rep]), n_neighbors)
+    adata = in_place_or_copy(adata, copy)
+    add_columns(adata, found, SMOOTHED, key_added or f"{cell_type_key}_smoothed")
+    record = dict(adata.uns.get(key_added or UNS, {}))
+    parameters = smooth_parameters(n_neighbors, use_rep)
+    adata.uns[key_added or UNS] = {**record, "parameters": {**record.get("parameters", {}), "smooth": parameters}}
+    return adata if copy else None
 
 
-def smooth_types(types: pd.Series, states: np.ndarray, neighbours: int = NEIGHBOURS) -> pd.DataFrame:
-    """Types by the vote of neighbours, and their shares; see :func:`smooth`.
+def smooth_parameters(n_neighbors: int = N_NEIGHBORS, use_rep: str = EMBEDDING) -> dict[str, Any]:
+    """Return the record of the parameters for ``uns``."""
+    return {"neighbours": n_neighbors, "use_rep": use_rep}
+
+
+def smooth_types(
+    types: pd.Series, hidden: np.ndarray, n_neighbors: int = N_NEIGHBORS, *, max_pairs: int = MAX_PAIRS
+) -> pd.DataFrame:
+    """Return types by the vote of neighbours, and their fractions of the votes; see :func:`smooth`.
 
     Parameters
     ----------
     types
         One per cell.
-    states
+    hidden
         float ``[cells, width]``.
-    neighbours
-        How many cells vote.
+    n_neighbors
+        Number of cells that vote.
+    max_pairs
+        Pairs of cells whose similarities are held at a time.
 
     Returns
     -------
     pandas.DataFrame
         ``scmulan_cell_type_smoothed`` and ``…_share``, rows as ``types``.
     """
-    if neighbours < 1:
-        raise InputError(f"{neighbours} neighbours: expected at least 1, the cell itself")
-    given = pd.Categorical(types.astype(str))
-    own = torch.from_numpy(given.codes.astype(np.int64))
-    voice = torch.from_numpy(np.linalg.norm(states, axis=1) > 0)
-    said, share = own.clone(), torch.zeros(len(own))
-    rows = voice.nonzero()[:, 0]
-    unit = torch.nn.functional.normalize(torch.from_numpy(states[rows.numpy()].astype(np.float32)), dim=1)
-    k = min(neighbours, len(rows))
-    for block in rows.split(max(1, PAIRS // max(1, len(rows)))) if k else ():
-        start = int(torch.searchsorted(rows, block[0]))
+    if n_neighbors < 1:
+        raise InputError(f"{n_neighbors} neighbours: expected at least 1, the cell itself")
+    categories = pd.Categorical(types.astype(str))
+    own = torch.from_numpy(categories.codes.astype(np.int64))
+    winner, fraction = own.clone(), torch.zeros(len(own))
+    voters = torch.from_numpy(np.linalg.norm(hidden, axis=1) > 0).nonzero()[:, 0]
+    unit = torch.nn.functional.normalize(torch.from_numpy(hidden[voters.numpy()].astype(np.float32)), dim=1)
+    k = min(n_neighbors, len(voters))
+    for block in voters.split(max(1, max_pairs // max(1, len(voters)))) if k else ():
+        start = int(torch.searchsorted(voters, block[0]))
         near = _nearest(unit, start, len(block), k)
-        votes = torch.zeros(len(block), len(given.categories))
-        votes.scatter_add_(1, own[rows[near]], torch.ones(near.shape))
+        votes = torch.zeros(len(block), len(categories.categories))
+        votes.scatter_add_(1, own[voters[near]], torch.ones(near.shape))
         # Half a vote more decides between equals.
-        said[block] = votes.scatter_add(1, own[block, None], torch.full((len(block), 1), 0.5)).argmax(1)
-        share[block] = votes.gather(1, said[block, None])[:, 0] / k
+        winner[block] = votes.scatter_add(1, own[block, None], torch.full((len(block), 1), 0.5)).argmax(1)
+        fraction[block] = votes.gather(1, winner[block, None])[:, 0] / k
+    smoothed = pd.Categorical.from_codes(winner.numpy(), categories=categories.categories)
     return pd.DataFrame(
-        {
-            SMOOTHED: pd.Categorical.from_codes(said.numpy(), categories=given.categories).remove_unused_categories(),
-            SMOOTHED_FRACTION: share.numpy(),
-        },
-        index=types.index,
+        {SMOOTHED: smoothed.remove_unused_categories(), SMOOTHED_FRACTION: fraction.numpy()}, index=types.index
     )
 
 
 def _nearest(unit: torch.Tensor, start: int, n: int, k: int) -> torch.Tensor:
-    """Places of the ``k`` nearest cells of ``n`` cells, the cell itself first."""
-    near: Any = unit[start : start + n] @ unit.T
-    near[torch.arange(n), torch.arange(start, start + n)] = 2.0  # ahead of cells that are its equal
-    places: torch.Tensor = near.topk(k, dim=1).indices
-    return places
+    """Return the indices of the ``k`` nearest cells of ``n`` cells, int64 ``[n, k]``, the cell itself first."""
+    similarity: Any = unit[start : start + n] @ unit.T
+    similarity[torch.arange(n), torch.arange(start, start + n)] = 2.0  # ahead of cells that are its equal
+    return similarity.topk(k, dim=1).indices
