@@ -21,7 +21,7 @@ from scmulan.train import finetune as module
 from scmulan.train.early_stopping import EarlyStopping, StopTraining, score
 from scmulan.train.finetune import finetune
 from scmulan.train.init import fit_head, relatives, resize_vocabulary
-from scmulan.train.labels import coarse_of, hold_out, label_relations_among
+from scmulan.train.labels import coarse_of, hold_out, label_relations
 from scmulan.vocab.genes import CoverageWarning
 from scmulan.vocab.vocabulary import Family, Vocabulary
 
@@ -330,7 +330,7 @@ def test_only_labels_of_the_cells_satisfy_each_other(parent):
     vocabulary = scmulan.load(parent).vocabulary.extend(Family.FINE, ["B cells", "CD8 T", "T lymphocyte"])
     adata = some_cells(40)
     words = {Family.FINE: np.array(["B cells", "CD8 T", "T lymphocyte", ""] * 10, dtype=object)}
-    relations = label_relations_among(store_from_adata(adata, vocabulary, words, name="x")[0], vocabulary)
+    relations = label_relations(vocabulary, store_from_adata(adata, vocabulary, words, name="x")[0])
     b, t8, t, old = (vocabulary.id(Family.FINE, n) for n in ("B cells", "CD8 T", "T lymphocyte", "T cell"))
     assert relations[t, t8] and not relations[t8, t] and not relations[t, old] and not relations[b, t]
     assert relations.diagonal().all() and relations.sum() == len(vocabulary) + 1

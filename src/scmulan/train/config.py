@@ -13,6 +13,7 @@ from scmulan.data.spec import StudySpec, parse_studies, read_spec
 from scmulan.errors import RecipeError
 from scmulan.train.batches import BatchConfig
 from scmulan.vocab.tasks import TASKS
+from scmulan.vocab.vocabulary import Vocabulary
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -167,6 +168,13 @@ class Recipe:
     def corpus_split(self, base: Path) -> Path | None:
         """Split file of the corpus, or None for its own."""
         return (base / self.data["split"]).resolve() if "split" in self.data else None
+
+    def fixed_vocabulary(self, base: Path) -> Vocabulary | None:
+        """Vocabulary that the recipe names, or None where it follows from the cells."""
+        if not self.vocabulary.file:
+            return None
+        published = self.vocabulary.file == "published"
+        return Vocabulary.published() if published else Vocabulary.load(base / self.vocabulary.file)
 
     def studies(self, base: Path) -> list[StudySpec]:
         """Training files; relative paths start at ``base``, the recipe's folder."""

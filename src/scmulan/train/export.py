@@ -1,7 +1,8 @@
-"""From the state of a run to a model folder that can be shipped, with the card that says how it was made."""
+"""Export a run: from its newest checkpoint to a model folder with a card that says how it was made."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 import scmulan
+from scmulan._io.adata import write_json
+from scmulan._io.outputs import atomic_path
 from scmulan.data.memory import StudyCells
 from scmulan.data.store import CellSource
 from scmulan.errors import InputError
@@ -21,35 +24,39 @@ from scmulan.train.gene_count import CellGroups, fit_gene_counts
 from scmulan.train.trainer import read_log
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
-DATA, KINDS = "data.json", "kinds.npz"
+DATA, GROUPS = "data.json", "kinds.npz"
 CURVE_POINTS = 200
 MAX_COVERED_CELLS = 20_000
 """Cells over which the fraction of a cell's total in the vocabulary is averaged."""
 # Figures of the log that belong to the machine, not to the training.
-NOT_CURVE = {"words_per_second", "cells_per_second", "mfu", "words", "cells", "rate", "padding"}
+MACHINE_FIGURES = {"words_per_second", "cells_per_second", "mfu", "words", "cells", "rate", "padding"}
 
 
-def remember_cells(run: Path, manifest: Sequence[Mapping[str, Any]], store: CellSource, vocabulary: Vocabulary) -> None:
-    """Write into a run folder what a card has to say about the training cells, so that it needs them no more."""
+def save_data_facts(
+    run: Path, manifest: Sequence[Mapping[str, Any]], store: CellSource, vocabulary: Vocabulary
+) -> None:
+    """Write into a run folder what a card has to say about the training cells, so that an export needs no cells."""
     label = store.tokens(Family.FINE)
     counts = np.bincount(label[label >= 0], minlength=len(vocabulary))
     content = {
         "data": list(manifest),
         "cells": len(store),
         "cells_with_words": int((store.lengths > 0).sum()),
-        "cell_types": {vocabulary.tokens[w]: int(counts[w]) for w in vocabulary.ids(Family.FINE)},
+        "cell_types": {vocabulary.tokens[t]: int(counts[t]) for t in vocabulary.ids(Family.FINE)},
         "metadata": {str(f): vocabulary.names(f) for f in METADATA if f not in (Family.COARSE, Family.FINE)},
         "covered": store.covered(MAX_COVERED_CELLS),
     }
-    (run / DATA).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_json(content, run / DATA)
     groups = CellGroups.of(store, len(vocabulary))
     if groups is not None:
-        groups.save(run / KINDS)
-    vocabulary.save(run / "vocabulary.json")
+        with atomic_path(run / GROUPS) as temporary:
+            groups.save(temporary)
+    with atomic_path(run / "vocabulary.json") as temporary:
+        vocabulary.save(temporary)
 
 
 def file_manifest(studies: Sequence[StudyCells]) -> list[dict[str, Any]]:
-    """Files that the cells came from, with their hashes."""
+    """List the files that the cells came from, with their hashes."""
     return [
         {
             "study": s.spec.name,
@@ -97,8 +104,8 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
     with torch.device("meta"):
         network = Mulan(config)
     network.to_empty(device="cpu")
-    which = "average" if plan.optimizer.ema_decay else "model"
-    read_tensors(checkpoint, {f"{which}.{name}": p.detach() for name, p in network.named_parameters()})
+    weights = "average" if plan.optimizer.ema_decay else "model"
+    read_tensors(checkpoint, {f"{weights}.{name}": p.detach() for name, p in network.named_parameters()})
     facts = read_facts(checkpoint)
     card = training_card(run, plan, vocabulary, network.eval(), facts)
     target = save_model(out, network, vocabulary, card, dtype=torch.float16, force=force)
@@ -112,7 +119,7 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
 
 
 def read_run(run: Path) -> tuple[Recipe, Vocabulary]:
-    """Recipe and vocabulary of a run folder."""
+    """Read the recipe and the vocabulary of a run folder."""
     for name in ("recipe.json", "vocabulary.json", DATA):
         if not (run / name).is_file():
             raise InputError(f"{run}: no {name}; expected a folder that `scmulan pretrain` wrote")
@@ -120,21 +127,21 @@ def read_run(run: Path) -> tuple[Recipe, Vocabulary]:
     return recipe_from_json(raw, str(run / "recipe.json")), Vocabulary.load(run / "vocabulary.json")
 
 
-def model_config(plan: Recipe, words: int) -> MulanConfig:
-    """Shape of a recipe's network for a vocabulary of so many words."""
-    return MulanConfig(vocabulary=words, **{f: getattr(plan.model, f) for f in plan.model.__dataclass_fields__})
+def model_config(plan: Recipe, vocabulary_size: int) -> MulanConfig:
+    """Return the shape of a recipe's network."""
+    return MulanConfig(vocabulary=vocabulary_size, **asdict(plan.model))
 
 
 def training_card(
     run: Path, plan: Recipe, vocabulary: Vocabulary, network: Mulan, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a model's user has to know about how it was made."""
+    """Make the card: what a user of the model has to know about how it was made."""
     log = [line for line in read_log(run / "log.jsonl") if line["step"] <= facts["step"]]
     checks = [line for line in log if "validation" in line]
     last: dict[str, Any] = {}
     for line in log:
         last.update({k: v for k, v in line.items() if k != "validation"})
-    groups = CellGroups.load(run / KINDS) if (run / KINDS).is_file() else None
+    groups = CellGroups.load(run / GROUPS) if (run / GROUPS).is_file() else None
     return {
         "name": plan.name,
         "description": plan.description,
@@ -158,13 +165,13 @@ def training_card(
 
 
 def curve(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Losses and checks of a run in at most a few hundred points: means over stretches of the log."""
+    """Summarise losses and validations of a run in at most a few hundred points: means over stretches of the log."""
     lines = [line for line in log if "validation" not in line]
     size = -(-len(lines) // CURVE_POINTS)
     losses = []
     for start in range(0, len(lines), size or 1):
         part = lines[start : start + size]
-        names = dict.fromkeys(k for line in part for k in line if k not in NOT_CURVE and k != "step")
+        names = dict.fromkeys(k for line in part for k in line if k not in MACHINE_FIGURES and k != "step")
         found = {k: [line[k] for line in part if k in line] for k in names}
         losses.append({"step": part[-1]["step"], **{k: round(sum(v) / len(v), 4) for k, v in found.items()}})
     checks = [{"step": line["step"], **line["validation"]} for line in log if "validation" in line]

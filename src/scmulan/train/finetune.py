@@ -28,7 +28,7 @@ from scmulan.train.early_stopping import EarlyStopping, StopTraining, score
 from scmulan.train.finetune_config import FinetuneConfig
 from scmulan.train.gene_count import CellGroups, fit_gene_counts
 from scmulan.train.init import fit_head, resize_vocabulary
-from scmulan.train.labels import hold_out, label_relations_among, read_metadata
+from scmulan.train.labels import hold_out, label_relations, read_metadata
 from scmulan.train.trainer import Trainer, read_log
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
@@ -267,7 +267,7 @@ def _train(
     network = resize_vocabulary(parent.network, parent.vocabulary, vocabulary, config.seed)
     relations = np.eye(len(vocabulary), dtype=bool)
     if config.ontology:
-        relations = label_relations_among(cells.store, vocabulary)
+        relations = label_relations(vocabulary, cells.store)
 
     def measure(model: Mulan) -> dict[str, Any]:
         return score(model, cells.held_out, vocabulary, relations)

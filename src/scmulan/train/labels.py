@@ -128,18 +128,31 @@ def coarse_of(labels: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return np.array([above.get(label, "") for label in labels], dtype=object)
 
 
-def label_relations_among(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
-    """Find which cell types of these cells satisfy which: bool ``[V, V]``, as :func:`label_relations` has it.
+def label_relations(vocabulary: Vocabulary, store: CellStore | None = None) -> np.ndarray:
+    """Find which cell types satisfy which by the Cell Ontology.
 
-    Tokens that only the model's earlier cells had satisfy nothing here: somebody who calls cells "B cells" wants to
-    read that, not the "B cell" of the model.
+    Parameters
+    ----------
+    vocabulary
+        Tokens.
+    store
+        Cells whose types alone are related to each other, by default all of the vocabulary: somebody who fine-tunes on
+        "B cells" wants to read that, not the "B cell" of the model.
+
+    Returns
+    -------
+    numpy.ndarray
+        Bool ``[V, V]``: ``[v, u]`` where cell type u is v or a finer kind of it. Fine and coarse types are related
+        among themselves; any other token satisfies only itself.
     """
     out = np.eye(len(vocabulary), dtype=bool)
     ontology = Ontology.load()
     for family in TYPES:
-        ids = np.unique(store.tokens(family)[store.tokens(family) >= 0])
-        if len(ids):
-            out[np.ix_(ids, ids)] = ontology.label_matrix([vocabulary.tokens[i] for i in ids])
+        tokens = vocabulary.ids(family)
+        if store is not None:
+            tokens = np.unique(store.tokens(family)[store.tokens(family) >= 0])
+        if len(tokens):
+            out[np.ix_(tokens, tokens)] = ontology.label_matrix([vocabulary.tokens[t] for t in tokens])
     return out
 
 

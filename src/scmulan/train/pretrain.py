@@ -1,4 +1,4 @@
-"""``scmulan pretrain RECIPE.toml``: from a recipe to a model folder, alone or as one process of a torchrun job."""
+"""Pretraining: from a recipe to a model folder, alone or as one process of a torchrun job."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,105 +11,25 @@ import numpy as np
 from scmulan._dist import Ranks, training_ranks
 from scmulan._io.outputs import sha256
 from scmulan._progress import SILENT, Progress
-from scmulan.data.memory import StudyCells, build_store, build_vocabulary, read_studies
+from scmulan.data.memory import build_store, build_vocabulary, read_studies
 from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
 from scmulan.model.cost import count_parameters, faster_precision, gemm_rates
 from scmulan.model.network import Mulan
 from scmulan.train.batches import Batches
 from scmulan.train.checkpoint import RunFolder
-from scmulan.train.config import Recipe, read_recipe, recipe_from_json
+from scmulan.train.config import Recipe, RunConfig, read_recipe, recipe_from_json
 from scmulan.train.estimate import describe_estimate, estimate
-from scmulan.train.export import export_run, file_manifest, model_config, remember_cells
+from scmulan.train.export import export_run, file_manifest, model_config, save_data_facts
 from scmulan.train.init import init_from_counts
+from scmulan.train.labels import label_relations
 from scmulan.train.parallel import whole_network
 from scmulan.train.trainer import Trainer
 from scmulan.train.validate import validate
-from scmulan.vocab.ontology import Ontology
-from scmulan.vocab.vocabulary import Family, Vocabulary
+from scmulan.vocab.vocabulary import Vocabulary
 
-# What may differ when a run is continued.
-FREE = ("run", "name", "description")
-
-
-def label_relations(vocabulary: Vocabulary) -> np.ndarray:
-    """Which word may stand for which: bool ``[V, V]``, ``[v, u]`` where cell type u is v or a finer kind of it.
-
-    Within the fine and within the coarse types; any other word stands only for itself.
-    """
-    out = np.eye(len(vocabulary), dtype=bool)
-    ontology = Ontology.load()
-    for family in (Family.COARSE, Family.FINE):
-        ids = vocabulary.ids(family)
-        if len(ids):
-            out[np.ix_(ids, ids)] = ontology.label_matrix(vocabulary.names(family))
-    return out
-
-
-@dataclass(kw_only=True)
-class Data:
-    """Cells of a run.
-
-    Parameters
-    ----------
-    vocabulary
-        Words.
-    train, watch
-        Cells to train on, and held-out ones to watch (or None).
-    manifest
-        Where the training cells came from, with hashes.
-    """
-
-    vocabulary: Vocabulary
-    train: CellSource
-    watch: CellSource | None
-    manifest: list[dict[str, Any]]
-
-
-def read_data(plan: Recipe, base: Path) -> Data:
-    """Cells that a recipe names: h5ad files in memory, or a corpus on disk with its own vocabulary and split."""
-    corpus = plan.corpus(base)
-    if corpus is not None:
-        from scmulan.data.split import select_part
-        from scmulan.data.store import MANIFEST, Corpus
-
-        store = Corpus(corpus)
-        if plan.vocabulary.file and _named_vocabulary(plan, base) != store.vocabulary:
-            raise RecipeError(
-                f"{corpus}: its words are not those of vocabulary.file ({plan.vocabulary.file}); build the corpus with "
-                "that vocabulary, or leave the setting out"
-            )
-        split = plan.corpus_split(base)
-        source = {"corpus": corpus.name, "sha256": sha256(corpus / MANIFEST)}
-        return Data(
-            vocabulary=store.vocabulary,
-            train=select_part(store, "train", split),
-            watch=select_part(store, "validation", split) if plan.run.validate_every else None,
-            manifest=[
-                source,
-                *({k: v for k, v in study.items() if k != "path"} for study in store.manifest["studies"]),
-            ],
-        )
-    studies = read_studies(plan.studies(base))
-    vocabulary = _vocabulary(plan, studies, base)
-    watched = plan.validation_studies(base)
-    return Data(
-        vocabulary=vocabulary,
-        train=build_store(studies, vocabulary),
-        watch=build_store(read_studies(watched), vocabulary) if watched else None,
-        manifest=file_manifest(studies),
-    )
-
-
-def _vocabulary(plan: Recipe, studies: Sequence[StudyCells], base: Path) -> Vocabulary:
-    if plan.vocabulary.file:
-        return _named_vocabulary(plan, base)
-    return build_vocabulary(studies, plan.vocabulary.genes)
-
-
-def _named_vocabulary(plan: Recipe, base: Path) -> Vocabulary:
-    there = plan.vocabulary.file == "published"
-    return Vocabulary.published() if there else Vocabulary.load(base / plan.vocabulary.file)
+# Sections and settings of a recipe that may differ when a run is continued.
+CHANGEABLE = ("run", "name", "description")
 
 
 def pretrain(
@@ -138,97 +58,195 @@ def pretrain(
     Returns
     -------
     dict
-        ``model`` (folder, or None when interrupted or dry), ``parameters``, ``cells``, ``steps``, ``words``; of a dry
-        run also what :func:`scmulan.train.estimate.estimate` found.
+        ``model`` (folder, or None when interrupted or dry), ``parameters``, ``cells``, ``genes``, ``steps``, ``words``
+        (tokens read); of a dry run also what :func:`scmulan.train.estimate.estimate` found.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe cannot be followed, another recipe was followed in the run folder, or training diverges.
+    InputError, MatrixError, GeneError, VocabularyError
+        If cells or vocabulary cannot be used.
+    OutputError
+        If the run folder is in use or cannot be written.
     """
     path = Path(recipe)
     plan = read_recipe(path, changes)
     if dry_run:
         return {"model": None, "words": 0, **estimate(plan, path.parent, int(os.environ.get("WORLD_SIZE", 1)))}
+    run = Path(out) if out is not None else Path("runs") / plan.name
     with training_ranks(plan.run.timeout_seconds) as ranks:
-        return _train(plan, path.parent, Path(out) if out is not None else Path("runs") / plan.name, ranks, progress)
+        folder, data = _claim_and_read(plan, path.parent, run, ranks)
+        try:
+            return _train(plan, data, folder, ranks, progress)
+        finally:
+            folder.release()
 
 
-def _train(plan: Recipe, base: Path, out: Path, ranks: Ranks, progress: Progress) -> dict[str, Any]:
-    def claimed() -> RunFolder:
+# -- prepare ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainingData:
+    """Cells of a run.
+
+    Parameters
+    ----------
+    vocabulary
+        Tokens.
+    train, validation
+        Cells to train on, and held-out ones to score (or None).
+    manifest
+        Where the training cells came from, with hashes.
+    """
+
+    vocabulary: Vocabulary
+    train: CellSource
+    validation: CellSource | None
+    manifest: list[dict[str, Any]]
+
+
+def _claim_and_read(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> tuple[RunFolder, TrainingData]:
+    """Claim the run folder and read the cells.
+
+    A folder that has a run is claimed first, so that one in use is refused before any cell is read; a new one is made
+    when the cells are known to be good.
+    """
+
+    def claim() -> RunFolder:
         folder = RunFolder(out)
-        ranks.run_on_first(lambda: folder.claim(plan.to_json(), free=FREE, complete=_completed))
+        ranks.run_on_first(lambda: folder.claim(plan.to_json(), free=CHANGEABLE, complete=_with_defaults))
         return folder
 
-    # A folder in use is refused before any cell is read; a new one is made when the cells are known to be good.
-    there = ranks.broadcast((out / "recipe.json").is_file())
-    folder = claimed() if there else None
+    if ranks.broadcast((out / "recipe.json").is_file()):
+        return claim(), read_data(plan, base)
     data = read_data(plan, base)
-    folder = folder or claimed()
-    try:
-        vocabulary = data.vocabulary
-        ranks.run_on_first(lambda: remember_cells(folder.path, data.manifest, data.train, vocabulary))
-        config = model_config(plan, len(vocabulary))
-        model = Mulan(config).initialise(plan.seed)
-        init_from_counts(model, data.train, vocabulary, plan.seed)
-        relations = label_relations(vocabulary) if plan.objective.ontology else np.eye(len(vocabulary), dtype=bool)
-        run, ceiling = _with_precision(plan, model, folder, ranks)
-        trainer = Trainer(
-            model,
-            Batches(data.train, vocabulary, plan.batches, plan.seed, relations if plan.objective.ontology else None),
-            folder,
-            objective=plan.objective,
-            optimizer=plan.optimizer,
-            run=run,
-            validate=_watching(plan, data, relations, ranks),
-            ranks=ranks,
-            ceiling=ceiling,
-            progress=progress,
-        )
-        trainer.resume()
-        report: dict[str, Any] = {
-            "model": None,
-            "parameters": count_parameters(config),
-            "cells": len(data.train),
-            "genes": len(vocabulary.genes),
-            "steps": plan.optimizer.steps,
-        }
-        if trainer.train():
-            report["model"] = ranks.run_on_first(lambda: export_run(folder.path, folder.path / "model", force=True))[
-                "model"
-            ]
-        report["words"] = trainer.tokens
-        return report
-    finally:
-        folder.release()
+    return claim(), data
 
 
-def _completed(raw: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Add to an earlier version's recipe the settings that it lacks."""
     return recipe_from_json(raw, "recipe.json").to_json()
 
 
-def _watching(
-    plan: Recipe, data: Data, relations: np.ndarray, ranks: Ranks
+def read_data(plan: Recipe, base: Path) -> TrainingData:
+    """Read the cells that a recipe names: files into memory, or a corpus on disk with its own vocabulary and split.
+
+    Parameters
+    ----------
+    plan, base
+        The recipe and its folder, where relative paths start.
+    """
+    corpus = plan.corpus(base)
+    return _open_corpus(plan, base, corpus) if corpus is not None else _read_files(plan, base)
+
+
+def _open_corpus(plan: Recipe, base: Path, path: Path) -> TrainingData:
+    from scmulan.data.split import select_part
+    from scmulan.data.store import MANIFEST, Corpus
+
+    corpus = Corpus(path)
+    fixed = plan.fixed_vocabulary(base)
+    if fixed is not None and fixed != corpus.vocabulary:
+        raise RecipeError(
+            f"{path}: its words are not those of vocabulary.file ({plan.vocabulary.file}); build the corpus with "
+            "that vocabulary, or leave the setting out"
+        )
+    split = plan.corpus_split(base)
+    studies = [{k: v for k, v in study.items() if k != "path"} for study in corpus.manifest["studies"]]
+    return TrainingData(
+        vocabulary=corpus.vocabulary,
+        train=select_part(corpus, "train", split),
+        validation=select_part(corpus, "validation", split) if plan.run.validate_every else None,
+        manifest=[{"corpus": path.name, "sha256": sha256(path / MANIFEST)}, *studies],
+    )
+
+
+def _read_files(plan: Recipe, base: Path) -> TrainingData:
+    studies = read_studies(plan.studies(base))
+    vocabulary = plan.fixed_vocabulary(base) or build_vocabulary(studies, plan.vocabulary.genes)
+    held_out = plan.validation_studies(base)
+    return TrainingData(
+        vocabulary=vocabulary,
+        train=build_store(studies, vocabulary),
+        validation=build_store(read_studies(held_out), vocabulary) if held_out else None,
+        manifest=file_manifest(studies),
+    )
+
+
+# -- train -----------------------------------------------------------------------------------------------------------
+
+
+def _train(plan: Recipe, data: TrainingData, folder: RunFolder, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+    """Train from the newest checkpoint or from counts, export, and report."""
+    vocabulary, ontology = data.vocabulary, plan.objective.ontology
+    ranks.run_on_first(lambda: save_data_facts(folder.path, data.manifest, data.train, vocabulary))
+    config = model_config(plan, len(vocabulary))
+    model = Mulan(config).initialise(plan.seed)
+    init_from_counts(model, data.train, vocabulary, plan.seed)
+    relations = label_relations(vocabulary) if ontology else np.eye(len(vocabulary), dtype=bool)
+    run, ceiling = _choose_precision(plan.run, model, folder, ranks)
+    trainer = Trainer(
+        model,
+        Batches(data.train, vocabulary, plan.batches, plan.seed, relations if ontology else None),
+        folder,
+        objective=plan.objective,
+        optimizer=plan.optimizer,
+        run=run,
+        validate=_validation(plan, data, relations, ranks),
+        ranks=ranks,
+        ceiling=ceiling,
+        progress=progress,
+    )
+    trainer.resume()
+    exported = None
+    if trainer.train():
+        exported = ranks.run_on_first(lambda: export_run(folder.path, folder.path / "model", force=True)["model"])
+    return {
+        "model": exported,
+        "parameters": count_parameters(config),
+        "cells": len(data.train),
+        "genes": len(vocabulary.genes),
+        "steps": plan.optimizer.steps,
+        "words": trainer.tokens,
+    }
+
+
+def _validation(
+    plan: Recipe, data: TrainingData, relations: np.ndarray, ranks: Ranks
 ) -> Callable[[Mulan], dict[str, float]] | None:
-    watch = data.watch
-    if watch is None:
+    held_out = data.validation
+    if held_out is None:
         return None
     return lambda model: validate(
-        whole_network(model), watch, data.vocabulary, relations, batches=plan.batches, objective=plan.objective,
+        whole_network(model), held_out, data.vocabulary, relations, batches=plan.batches, objective=plan.objective,
         max_cells=plan.run.validate_cells, seed=plan.seed, ranks=ranks,
     )  # fmt: skip
 
 
-def _with_precision(plan: Recipe, model: Mulan, folder: RunFolder, ranks: Ranks) -> tuple[Any, float]:
-    """``run`` with a precision decided on, and the ceiling of matrix products in it over all processes.
+def _choose_precision(run: RunConfig, model: Mulan, folder: RunFolder, ranks: Ranks) -> tuple[RunConfig, float]:
+    """Decide on the precision.
 
-    A run that is continued keeps the precision that "auto" chose at its start.
+    Returns
+    -------
+    RunConfig
+        With "fp32" or "bf16"; a run that is continued keeps the precision that "auto" chose at its start.
+    float
+        Operations per second that matrix products reach in it, over all processes.
     """
     rates = gemm_rates(model.config, ranks.device)
-    precision = plan.run.precision
+    precision = run.precision
     if precision == "auto":
         precision = ranks.broadcast(folder.last_facts().get("precision") or faster_precision(rates))
     (ceiling,) = ranks.sum(rates[precision])
-    return replace(plan.run, precision=precision), ceiling
+    return replace(run, precision=precision), ceiling
+
+
+# -- describe --------------------------------------------------------------------------------------------------------
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """Report of :func:`pretrain` in a few lines."""
+    """Describe the report of :func:`pretrain` in a few lines."""
     if "flops_total" in report:
         return describe_estimate(report)
     if report["model"] is None:
