@@ -111,10 +111,10 @@ def test_a_file_cut_off_anywhere(h5ad, tmp_path):
     path = tmp_path / "cut.h5ad"
     path.write_bytes(b"")
     assert "the file is empty" in refusal(path)
-    for share in (0.0001, 0.3, 0.9, 0.99999):
-        path.write_bytes(content[: int(share * len(content))])
+    for fraction in (0.0001, 0.3, 0.9, 0.99999):
+        path.write_bytes(content[: int(fraction * len(content))])
         text = refusal(path)
-        assert "the file is cut off" in text or share < 0.001
+        assert "the file is cut off" in text or fraction < 0.001
 
 
 def test_a_file_damaged_inside(h5ad, tmp_path):
@@ -125,8 +125,8 @@ def test_a_file_damaged_inside(h5ad, tmp_path):
     refused = 0
     for _ in range(15):
         damaged = bytearray(content)
-        for place in rng.integers(2048, len(content) - 600, 40):
-            damaged[place : place + 500] = rng.bytes(500)
+        for start in rng.integers(2048, len(content) - 600, 40):
+            damaged[start : start + 500] = rng.bytes(500)
         path.write_bytes(damaged)
         try:
             open_input(path)
@@ -210,10 +210,10 @@ def test_repeated_names(pbmc, tmp_path, backed):
         adata = ad.AnnData(pbmc.raw.X[:5], obs=pd.DataFrame(index=["a", "b", "a", "a-1", "a"]))
         adata.var_names = ["CD3D", "CD3D", *adata.var_names[2:]]
         adata.write_h5ad(tmp_path / "twice.h5ad")
-    with pytest.warns(UserWarning, match="2 names of cells repeat earlier ones; made unique") as said:
+    with pytest.warns(UserWarning, match="2 names of cells repeat earlier ones; made unique") as warned:
         open_study = open_input(tmp_path / "twice.h5ad", backed=backed)
-    assert len(said) == 1
-    assert said[0].filename == __file__
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
     assert open_study.obs_names.is_unique
     assert list(open_study.obs_names[:2]) == ["a", "b"]
     assert list(open_study.var_names[:2]) == ["CD3D", "CD3D"]

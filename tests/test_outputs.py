@@ -172,11 +172,11 @@ for name in ("small.h5ad", "source.h5ad"):
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 found = {}
 for name, writer in json.load(sys.stdin).items():
-    said, saying = os.pipe()
+    reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        os.dup2(saying, 1)
-        os.dup2(saying, 2)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
@@ -185,8 +185,8 @@ for name, writer in json.load(sys.stdin).items():
             print(error, flush=True)
             os._exit(2)
         os._exit(0)
-    os.close(saying)
-    with os.fdopen(said) as text:
+    os.close(writing)
+    with os.fdopen(reading) as text:
         lines = text.read().splitlines()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     found[name] = code, lines, sorted(os.listdir())

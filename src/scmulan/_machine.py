@@ -29,8 +29,8 @@ def installed(distribution: str = "scmulan") -> tuple[dict[str, str | None], dic
     for line in importlib.metadata.requires(distribution) or []:
         name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"]([\w.-]+)", line)
-        wanted = core if extra is None else extras.setdefault(extra[1], {})
-        wanted[name] = _version(name)
+        group = core if extra is None else extras.setdefault(extra[1], {})
+        group[name] = _version(name)
     return core, extras
 
 

@@ -126,7 +126,7 @@ def test_an_exact_name_wins_over_the_approved_symbol():
     # FAM129A was renamed NIBAN1; a vocabulary with both keeps them apart.
     match = match_genes(["NIBAN1", "FAM129A"], ["FAM129A", "NIBAN1"])
     assert match.columns.tolist() == [1, 0]
-    # Where two words are one gene, a third name of it goes to the approved one.
+    # Where two tokens are one gene, a third name of it goes to the approved one.
     assert match_genes(["C1orf24"], ["FAM129A", "NIBAN1"]).columns.tolist() == [1]
 
 

@@ -132,8 +132,8 @@ def test_logarithms_to_base_two_are_brought_to_natural_ones(pbmc, log1p):
     assert matrix.matrix_kind == "log1p"
     assert "base 2" in matrix.reason
     np.testing.assert_allclose(whole(matrix), log1p.toarray(), rtol=1e-6)
-    told = choose_matrix(adata, matrix_kind="log1p")
-    np.testing.assert_array_equal(whole(told), adata.X.toarray())
+    chosen = choose_matrix(adata, matrix_kind="log1p")
+    np.testing.assert_array_equal(whole(chosen), adata.X.toarray())
 
 
 # ---- what the user says
@@ -205,11 +205,11 @@ def test_bad_values_that_no_sample_sees_are_met_while_streaming(bad):
     adata.var_names = [f"gene{i}" for i in range(30)]
     sampled = choose_matrix(adata)
     row = 4901  # between two blocks of the sample
-    place = values.indptr[row]
-    adata.X.data[place] = bad
+    at = values.indptr[row]
+    adata.X.data[at] = bad
     matrix = choose_matrix(adata)
     assert matrix.reason == sampled.reason
-    with pytest.raises(MatrixError, match=rf"^X: {bad:g} in cell '{row}', gene 'gene{values.indices[place]}'; "):
+    with pytest.raises(MatrixError, match=rf"^X: {bad:g} in cell '{row}', gene 'gene{values.indices[at]}'; "):
         list(matrix.chunks(64))
 
 
@@ -361,9 +361,9 @@ def test_a_big_backed_file_is_never_read_whole(form, tmp_path):
 def test_real_files_of_many_studies_are_told_right(shared):
     files = sorted((shared / "data" / "train").glob("*.h5ad")) + sorted((shared / "data" / "validation").glob("*.h5ad"))
     assert len(files) > 20
-    told, true = {}, {}
+    chosen, true = {}, {}
     for path in files:
         adata = open_input(path)
         matrix = choose_matrix(adata)
-        told[path.name], true[path.name] = (matrix.where, matrix.matrix_kind), ("X", str(adata.uns["x_is"]))
-    assert told == true
+        chosen[path.name], true[path.name] = (matrix.where, matrix.matrix_kind), ("X", str(adata.uns["x_is"]))
+    assert chosen == true

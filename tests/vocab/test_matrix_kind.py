@@ -60,12 +60,12 @@ def test_logarithms_of_normalised_counts_and_their_base(counts, total, base):
 @settings(max_examples=30, deadline=None)
 @given(
     total=st.floats(100, 2e6),
-    share=st.floats(0.05, 1),
+    fraction=st.floats(0.05, 1),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_normalisation_of_any_selection_of_genes_is_log1p(counts, total, share, seed):
+def test_any_normalisation_of_any_selection_of_genes_is_log1p(counts, total, fraction, seed):
     rng = np.random.default_rng(seed)
-    genes = rng.permutation(counts.shape[1])[: max(int(share * counts.shape[1]), 40)]
+    genes = rng.permutation(counts.shape[1])[: max(int(fraction * counts.shape[1]), 40)]
     depth = np.ravel(counts.sum(axis=1)) * rng.uniform(1, 5, counts.shape[0])
     found = classify(mapped(normalised(counts, total, depth)[:, genes], np.log1p))
     assert found.kind == "log1p"

@@ -144,8 +144,8 @@ def test_short_names_are_reviewed():
 
 
 def test_the_published_words_for_cell_types_are_found():
-    words = json.loads(read_text("vocabulary_release.json"))
-    unknown = {word for word in words["coarse_cell_types"] + words["fine_cell_types"] if ONTOLOGY.find(word) is None}
+    lists = json.loads(read_text("vocabulary_release.json"))
+    unknown = {name for name in lists["coarse_cell_types"] + lists["fine_cell_types"] if ONTOLOGY.find(name) is None}
     assert unknown == {
         "Basement membrane fibroblast",
         "Epithelial progenitor cell",

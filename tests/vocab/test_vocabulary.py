@@ -19,7 +19,7 @@ def test_published_vocabulary_has_the_words_and_families_of_the_release():
     assert v.tokens[v.prompts["generate"]] == "<SPToken1>"
     assert [len(v.ids(f)) for f in METADATA] == [7, 39, 34, 3, 7, 10, 29, 109]
     shared = set(v.ids(Family.COARSE)) & set(v.ids(Family.FINE))
-    assert len(shared) == 24  # one word in two families, as published
+    assert len(shared) == 24  # one token in two families, as published
 
 
 def test_published_vocabulary_is_the_list_beside_the_checkout(shared):

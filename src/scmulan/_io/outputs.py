@@ -176,7 +176,7 @@ def lock_file(path: Path, busy: str) -> FileLock:
     Parameters
     ----------
     path
-        The file; it is made if needed, and says nothing.
+        The lock file; it is made if needed, and stays empty.
     busy
         Message for when another process holds it.
 

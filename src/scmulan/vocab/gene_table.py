@@ -103,7 +103,7 @@ class GeneTable:
         return [name if name in approved else self.explain(name).symbol for name in names]
 
     def explain(self, name: str) -> Resolution:
-        """Resolve one name, and say by which kind of name."""
+        """Resolve one name, and tell by which kind of name."""
         name = name.strip()
         exact = self._exact(name)
         if exact.how != "unknown":

@@ -1,7 +1,7 @@
 """Choose the matrix of an AnnData that holds expression, and classify its values as counts or log1p.
 
 Files in the wild keep counts in ``X``, in ``raw`` or in a layer, and often something that is no expression any more
-(scaled values) in ``X``. The choice is made from the values, said in one line, and can always be overruled.
+(scaled values) in ``X``. The choice is made from the values, explained in one line, and can always be overruled.
 
 Classification of a sample rests on what the published preparations leave behind: counts are whole numbers; normalised
 counts are whole multiples of the smallest value of their cell; every complete normalised cell sums to the same total;
@@ -24,7 +24,7 @@ from scmulan.errors import MatrixError
 from scmulan.vocab.storage import LIMITS, ReadLimits, row_chunks, sample_rows
 
 MatrixKind = Literal["counts", "log1p"]
-"""What the model is given: counts, to be normalised and logged, or log1p values."""
+"""Kind of the values of an input: counts, to be normalised and logged, or log1p values."""
 ValueKind = Literal["counts", "fractional counts", "normalised", "log1p", "empty", "scaled", "invalid"]
 """What the values of a matrix look like, in finer classes."""
 

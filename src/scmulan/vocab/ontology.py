@@ -15,11 +15,11 @@ from scmulan.resources import read_text
 __all__ = ["Ontology"]
 
 _ID = re.compile(r"CL[:_](\d{7})", re.IGNORECASE)
-# ``CD4+`` and ``CD4-`` are said in words, ``CD4-positive`` keeps its own, all other marks only separate words.
+# ``CD4+`` and ``CD4-`` are written as words, ``CD4-positive`` keeps its own, all other marks only separate words.
 _PLUS = re.compile(r"(?<=[^\W_])\+")
 _MINUS = re.compile(r"(?<=[^\W_])[-−–](?=[\s/,);]|$)")
 _WORD = re.compile(r"[^\W_]+")
-# Only an abbreviation of what was said: ``B cell (malignant)`` is not a B cell like others.
+# Only an abbreviation of the words before it: ``B cell (malignant)`` is not a B cell like others.
 _ABBREVIATION = re.compile(r"\s*\([A-Z0-9]{2,6}\)")
 
 

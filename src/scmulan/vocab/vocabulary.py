@@ -246,7 +246,7 @@ class Vocabulary:
         """Return the vocabulary of the published release: 2,222 tokens, of which 2,000 are genes.
 
         Its prompt tokens are ``<PCT>`` (annotate) and ``<SPToken1>`` (generate). Which of the other special tokens
-        asked for organ and region is not published; ``<SPToken2>`` stands in for it here.
+        stood for organ and region is not published; ``<SPToken2>`` stands in for it here.
         """
         return cls.from_release(json.loads(read_text("vocabulary_release.json")))
 
