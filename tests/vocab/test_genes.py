@@ -139,7 +139,7 @@ def test_an_exact_name_wins_over_the_approved_symbol():
     ],
 )
 def test_the_kind_of_names_is_told(names, id_type):
-    assert match_genes(names, MARKERS, minimum=1, warn_below=0).id_type == id_type
+    assert match_genes(names, MARKERS, min_genes=1, warn_below=0).id_type == id_type
 
 
 def test_report_is_json_and_summary_says_what_matters():
@@ -174,12 +174,12 @@ def test_thresholds_are_the_callers():
     with pytest.warns(CoverageWarning):
         match_genes(half, RELEASE)
     with pytest.raises(GeneError, match="900 of the model's 2,000 genes found, 901 needed"):
-        match_genes(half, RELEASE, minimum=901)
+        match_genes(half, RELEASE, min_genes=901)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         match_genes(half, RELEASE, warn_below=0.45)
-        match_genes(RELEASE[:1], RELEASE, minimum=1, warn_below=0)
-        match_genes(["gene1"], RELEASE, minimum=0, warn_below=0)
+        match_genes(RELEASE[:1], RELEASE, min_genes=1, warn_below=0)
+        match_genes(["gene1"], RELEASE, min_genes=0, warn_below=0)
 
 
 def mouse_symbols():
@@ -211,7 +211,7 @@ def test_other_names_are_refused_in_one_line(names, message):
 
 def test_mouse_genes_are_refused_whatever_the_threshold():
     with pytest.raises(GeneError, match="looks like mouse genes"):
-        match_genes(mouse_symbols(), RELEASE, minimum=0, warn_below=0)
+        match_genes(mouse_symbols(), RELEASE, min_genes=0, warn_below=0)
 
 
 def test_human_cells_with_mouse_cells_among_them_are_read_as_human_with_a_warning():
@@ -279,12 +279,12 @@ def test_every_column_is_accounted_for_and_order_does_not_matter(names, random):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)
         try:
-            match = match_genes(names, RELEASE, minimum=0)
+            match = match_genes(names, RELEASE, min_genes=0)
         except GeneError:
             return  # by chance the names of another species
         order = list(range(len(names)))
         random.shuffle(order)
-        shuffled = match_genes([names[i] for i in order], RELEASE, minimum=0)
+        shuffled = match_genes([names[i] for i in order], RELEASE, min_genes=0)
     assert len(match.columns) == len(names)
     assert sorted([*match.found, *match.missing]) == sorted(RELEASE)
     assert match.found == [RELEASE[i] for i in np.unique(match.columns[match.columns >= 0])]

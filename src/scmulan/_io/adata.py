@@ -19,12 +19,11 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem, read_h5ad, read_zarr, sparse_dataset, write_elem
 
-from scmulan._io.outputs import atomic_path, check_output
+from scmulan._io.outputs import atomic_path
 from scmulan.errors import InputError, ScmulanError
 
 __all__ = [
     "BlockArray",
-    "check_output",
     "copy_with_results",
     "open_input",
     "read_column",

@@ -214,7 +214,7 @@ def store_from_adata(
     """
     chosen = choose_matrix(adata, layer=layer, matrix_kind=matrix_kind)
     n_genes = len(vocabulary.genes)
-    match = match_genes(chosen.var, vocabulary.genes, minimum=min_genes, source=name)
+    match = match_genes(chosen.var, vocabulary.genes, min_genes=min_genes, source=name)
     matrix, total = _read_values(chosen, match.columns, n_genes)
     measured = np.zeros((1, n_genes), dtype=bool)
     measured[0, match.columns[match.columns >= 0]] = True

@@ -95,7 +95,7 @@ class CellReader:
     ) -> None:
         self.model = model
         self.matrix = choose_matrix(adata, layer=layer, matrix_kind=matrix_kind)
-        self.match = match_genes(self.matrix.var, model.vocabulary.genes, minimum=min_genes)
+        self.match = match_genes(self.matrix.var, model.vocabulary.genes, min_genes=min_genes)
 
     def __len__(self) -> int:
         return self.matrix.n_cells

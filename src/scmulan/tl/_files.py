@@ -13,7 +13,8 @@ import pandas as pd
 
 import scmulan
 from scmulan._dist import Ranks, inference_ranks
-from scmulan._io.adata import check_output, copy_with_results, open_input, write_h5ad, write_table
+from scmulan._io.adata import copy_with_results, open_input, write_h5ad, write_table
+from scmulan._io.outputs import check_output
 from scmulan._keys import CELL_TYPE, EMBEDDING, PERTURBED, SHIFT, STATUS, STATUSES, UNS
 from scmulan._progress import SILENT, Progress
 from scmulan.errors import OutputError

@@ -213,7 +213,7 @@ def match_genes(
     names: Names,
     vocabulary_genes: Sequence[str],
     *,
-    minimum: int = 20,
+    min_genes: int = 20,
     warn_below: float = 0.5,
     source: str = "the input",
 ) -> GeneMatch:
@@ -228,7 +228,7 @@ def match_genes(
         Gene names, one per column of the expression matrix; of a ``var`` table the index or column that matches best.
     vocabulary_genes : sequence of str
         Genes of the vocabulary, in its order.
-    minimum : int
+    min_genes : int
         Refuse the input if fewer vocabulary genes are found; at most half of the vocabulary is required. 0 refuses only
         the names of another species.
     warn_below : float
@@ -287,7 +287,7 @@ def match_genes(
         where=where,
     )
     foreign = foreign_species(unknown, table)
-    _refuse(match, names, foreign, minimum, source)
+    _refuse(match, names, foreign, min_genes, source)
     if foreign is not None and foreign.count > MIN_FOREIGN_FRACTION * len(names):
         warnings.warn(
             f"{source}: {foreign.count:,} of {len(names):,} names are {foreign.species} genes, as "
@@ -310,7 +310,7 @@ def _id_type(names: Sequence[str]) -> str:
     return "ensembl" if fraction > 0.99 else "symbol" if fraction < 0.01 else "mixed"
 
 
-def _refuse(match: GeneMatch, names: Sequence[str], foreign: Foreign | None, minimum: int, source: str) -> None:
+def _refuse(match: GeneMatch, names: Sequence[str], foreign: Foreign | None, min_genes: int, source: str) -> None:
     """Raise a GeneError if the input is of another species or has too few of the vocabulary's genes."""
     human = int((match.columns >= 0).sum()) + len(match.outside)
     if foreign is not None and foreign.count > human:
@@ -318,7 +318,7 @@ def _refuse(match: GeneMatch, names: Sequence[str], foreign: Foreign | None, min
             f"{source} looks like {foreign.species} genes; scmulan's vocabularies are human: map orthologs first "
             f"({foreign.count:,} such names, as {', '.join(foreign.examples)}; {human:,} human ones{foreign.hint})"
         )
-    needed = min(minimum, -(-match.vocabulary_size // 2))
+    needed = min(min_genes, -(-match.vocabulary_size // 2))
     if len(match.found) >= needed:
         return
     problem = f"{source}: {len(match.found):,} of the model's {match.vocabulary_size:,} genes found, {needed:,} needed"
