@@ -1,4 +1,4 @@
-"""A small model with real words, a small file of real genes, and the command line as a function."""
+"""A small model with real vocabulary, a small file of real genes, and the command line as a function."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TYPES = ["B cell", "T cell", "monocyte", "natural killer cell"]
 
 @dataclass(frozen=True)
 class Run:
-    """How a command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -32,11 +32,11 @@ class Run:
 
     @property
     def json(self) -> Any:
-        """What was printed, which has to be JSON and nothing else."""
+        """Standard output, which has to be JSON and nothing else."""
         return json.loads(self.out)
 
     def refused(self, logged: bool = False) -> str:
-        """Error of a command that has to have refused its input: one line, after those of a log if there may be any."""
+        """Return the error of a command that must have refused its input: one line, after those of a log if allowed."""
         assert self.code == 2, (self.out, self.err)
         assert not self.out
         *log, error = self.err.splitlines()
@@ -75,7 +75,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_cells() -> Callable[..., ad.AnnData]:
-    """Make new cells, to be changed at will."""
+    """Make new cells that a test may change."""
     return some_cells
 
 
@@ -89,7 +89,7 @@ def some_cells(n: int = 40) -> ad.AnnData:
 
 @pytest.fixture(scope="session")
 def cells(tmp_path_factory) -> Path:
-    """File of cells, not to be changed."""
+    """File of cells that no test changes."""
     path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
     some_cells().write_h5ad(path)
     return path

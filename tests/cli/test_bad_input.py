@@ -1,4 +1,4 @@
-"""Bad input gets one line that names the problem and the way out, exit code 2, and leaves nothing behind."""
+"""Bad input: one line that names the problem and the way out, exit code 2, nothing left behind."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def _renamed(rename):
     return change
 
 
-# What is done to good cells, and what the error has to say: the problem, and the way out.
+# Change to good cells, and what the error must contain: the problem, and the way out.
 BAD = {
     "no genes of ours": (_renamed(lambda i, name: f"probe_{i}"), ["probe_0", "expected human gene symbols"]),
     "mouse genes": (_renamed(lambda i, name: name.capitalize()), ["looks like mouse genes", "map orthologs first"]),
@@ -51,11 +51,11 @@ BAD = {
 @pytest.mark.parametrize("verb", ["annotate", "embed"])
 @pytest.mark.parametrize("kind", BAD)
 def test_cells_that_cannot_be_used(scmulan, folder, tiny, make_cells, kind, verb):
-    change, wanted = BAD[kind]
+    change, expected = BAD[kind]
     change(make_cells()).write_h5ad("in.h5ad")
     extra = ["--table", "t.csv"] if verb == "annotate" else []
     error = scmulan(verb, "in.h5ad", "-o", "out.h5ad", "--model", tiny, "--json", *extra).refused()
-    for words in wanted:
+    for words in expected:
         assert words in error
     assert os.listdir(folder) == ["in.h5ad"]
 
@@ -83,8 +83,8 @@ def test_files_that_cannot_be_opened(scmulan, folder, tiny, cells, verb):
 @pytest.mark.parametrize("verb", ["annotate", "embed", "generate"])
 def test_outputs_that_may_not_be_written(scmulan, folder, tiny, cells, verb):
     def error(*options):
-        given = [] if verb == "generate" else ["in.h5ad"]
-        return scmulan(verb, *given, "--model", tiny, *options).refused()
+        arguments = [] if verb == "generate" else ["in.h5ad"]
+        return scmulan(verb, *arguments, "--model", tiny, *options).refused()
 
     shutil.copy(cells, "in.h5ad")
     Path("there.h5ad").write_text("mine")
@@ -123,8 +123,8 @@ def test_models_that_cannot_be_used(scmulan, folder, tiny, cells, verb):
     def error(model):
         if verb == "verify":
             return scmulan("model", "verify", model).refused()
-        given = [] if verb == "generate" else [cells]
-        return scmulan(verb, *given, "-o", "out.h5ad", "--model", model).refused()
+        arguments = [] if verb == "generate" else [cells]
+        return scmulan(verb, *arguments, "-o", "out.h5ad", "--model", model).refused()
 
     assert "no model 'nothing'" in error("nothing")
     assert "packaged models" in error("nothing")
@@ -149,7 +149,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_a_checkpoint_that_wants_to_run_code(scmulan, folder):
+def test_a_checkpoint_with_code(scmulan, folder):
     torch.save({"model_args": {}, "model": Bomb()}, "bomb.pt")
     error = scmulan("model", "import", "bomb.pt", "out").refused()
     assert "bomb.pt: refused, loading it would run code" in error
@@ -178,7 +178,7 @@ def test_usage_errors_are_one_line_too(scmulan, folder, args):
     assert not os.listdir(folder)
 
 
-def test_a_device_that_is_not_here(scmulan, folder, tiny, cells):
+def test_a_missing_device(scmulan, folder, tiny, cells):
     error = scmulan("annotate", cells, "-o", "out.h5ad", "--model", tiny, "--device", "abacus").refused()
     assert "device 'abacus' is not usable here: expected 'auto'" in error
     assert not os.listdir(folder)

@@ -1,4 +1,4 @@
-"""Help, version and descriptions of models: there at once, without torch or tables."""
+"""Help, version and descriptions of models are fast: they load neither torch nor pandas."""
 
 import json
 import subprocess
@@ -8,9 +8,10 @@ import pytest
 
 import scmulan as package
 
-VERBS = [
+COMMANDS = [
     "annotate",
     "embed",
+    "perturb",
     "generate",
     "report",
     "finetune",
@@ -22,7 +23,12 @@ VERBS = [
     "model list",
     "model info",
     "model import",
+    "model export",
     "model verify",
+    "corpus build",
+    "corpus inspect",
+    "corpus verify",
+    "corpus split",
 ]
 HEAVY = ["torch", "numba", "anndata", "pandas", "scipy", "h5py", "rich"]
 SCRIPT = """
@@ -34,22 +40,22 @@ print(json.dumps({"codes": codes, "loaded": sorted(set(sys.modules) & set(json.l
 """
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(scmulan, verb):
-    run = scmulan(*verb.split(), "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(scmulan, command):
+    run = scmulan(*command.split(), "--help")
     assert run.code == 0
     assert not run.err
-    assert run.out.startswith(f"Usage: scmulan {verb} ")
-    assert run.out == scmulan(*verb.split(), "-h").out
-    if verb != "doctor" and not verb.startswith("model"):
+    assert run.out.startswith(f"Usage: scmulan {command} ")
+    assert run.out == scmulan(*command.split(), "-h").out
+    if command != "doctor" and not command.startswith("model"):
         assert "--json" in run.out
 
 
-def test_help_lists_the_verbs(scmulan):
+def test_help_lists_the_commands(scmulan):
     run = scmulan("--help")
     assert run.code == 0
-    for verb in VERBS:
-        assert f"\n  {verb.split()[0]} " in run.out
+    for command in COMMANDS:
+        assert f"\n  {command.split()[0]} " in run.out
     assert scmulan().out == run.out
 
 
@@ -58,15 +64,15 @@ def test_version(scmulan):
 
 
 def test_help_and_descriptions_load_nothing_heavy(tiny):
-    light = [["--help"], ["--version"], [], *([*verb.split(), "--help"] for verb in VERBS)]
+    light = [["--help"], ["--version"], [], *([*command.split(), "--help"] for command in COMMANDS)]
     described = [["model", "list"], ["model", "list", "--json"], ["model", "info", str(tiny)]]
-    for commands, heavy in ((light, [*HEAVY, "numpy"]), (described, HEAVY)):
+    for calls, heavy in ((light, [*HEAVY, "numpy"]), (described, HEAVY)):
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, json.dumps(commands), json.dumps(heavy)],
+            [sys.executable, "-c", SCRIPT, json.dumps(calls), json.dumps(heavy)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        said = json.loads(done.stdout.splitlines()[-1])
-        assert said == {"codes": [0] * len(commands), "loaded": []}
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result == {"codes": [0] * len(calls), "loaded": []}
 
 
 @pytest.mark.parametrize("start", [["-m", "scmulan"], ["-m", "scmulan.cli"]])

@@ -1,4 +1,4 @@
-"""How commands end: defects, signals, readers that go away; and what may stand on standard error."""
+"""How commands end: defects, signals, closed pipes; and what is printed on standard error."""
 
 import os
 import pty
@@ -40,7 +40,7 @@ def test_only_our_own_warnings_are_shown(scmulan, folder, tiny, cells, monkeypat
     assert run.err == "scmulan: warning: two lines\n"
 
 
-def start_and_watch(folder, tiny, *args) -> tuple[subprocess.Popen, int, str]:
+def start_on_terminal(folder, tiny, *args) -> tuple[subprocess.Popen, int, str]:
     """Start a long command with its standard error on a terminal; wait until its progress bar moves."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
@@ -49,42 +49,42 @@ def start_and_watch(folder, tiny, *args) -> tuple[subprocess.Popen, int, str]:
         cwd=folder, stdout=subprocess.PIPE, stderr=theirs, text=True,
     )  # fmt: skip
     os.close(theirs)
-    seen = ""
-    while not re.search(r"\| [1-9]\d*/", seen):
-        more = os.read(ours, 4096).decode(errors="replace")
-        assert more, seen
-        seen += more
-    return process, ours, seen
+    output = ""
+    while not re.search(r"\| [1-9]\d*/", output):
+        chunk = os.read(ours, 4096).decode(errors="replace")
+        assert chunk, output
+        output += chunk
+    return process, ours, output
 
 
-def rest_of(terminal: int) -> str:
+def read_rest(terminal: int) -> str:
     text = ""
     while True:
         try:
-            more = os.read(terminal, 4096)
-        except OSError:  # which Linux gives when nobody has the other end any more
-            more = b""
-        if not more:
+            chunk = os.read(terminal, 4096)
+        except OSError:  # Linux: the other end is closed
+            chunk = b""
+        if not chunk:
             os.close(terminal)
             return text
-        text += more.decode(errors="replace")
+        text += chunk.decode(errors="replace")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_nothing_behind(folder, tiny, number, code):
-    process, terminal, seen = start_and_watch(folder, tiny, "generate", "-n", "3000")
+    process, terminal, output = start_on_terminal(folder, tiny, "generate", "-n", "3000")
     process.send_signal(number)
-    said = rest_of(terminal)
+    rest = read_rest(terminal)
     assert process.wait() == code
     assert process.stdout.read() == ""
     process.stdout.close()
-    assert re.search(r"[1-9]\d*/3000 \[\d\d:\d\d<\d+:\d\d.*cells", seen)  # speed and time left
-    assert "Traceback" not in said
-    assert ("scmulan: interrupted" in said) == (number == signal.SIGINT)
+    assert re.search(r"[1-9]\d*/3000 \[\d\d:\d\d<\d+:\d\d.*cells", output)  # speed and time left
+    assert "Traceback" not in rest
+    assert ("scmulan: interrupted" in rest) == (number == signal.SIGINT)
     assert not os.listdir(folder)
 
 
-def test_a_reader_that_goes_away(tiny):
+def test_a_closed_pipe(tiny):
     process = subprocess.Popen(
         [sys.executable, "-m", "scmulan", "model", "info", str(tiny), "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -115,10 +115,10 @@ def test_verify_against_stored_outputs(scmulan, tiny, fixture):
     assert run.code == 1
     assert not run.err
     assert "entity_logits, cell 0, word " in run.out
-    told = scmulan("model", "verify", tiny, "--against", fixture, "--json").json
-    assert told["passed"] is False
-    assert told["first_difference"]["what"] == "entity_logits"
-    assert told["checks"]["entity_logits"]["different"] == 1
+    result = scmulan("model", "verify", tiny, "--against", fixture, "--json").json
+    assert result["passed"] is False
+    assert result["first_difference"]["what"] == "entity_logits"
+    assert result["checks"]["entity_logits"]["different"] == 1
     assert "no such file" in scmulan("model", "verify", tiny, "--against", "none.npz").refused()
     assert "no model" in scmulan("model", "verify", "nothing", "--against", fixture).refused()
     fixture.write_bytes(fixture.read_bytes()[:500])
@@ -138,7 +138,7 @@ def test_doctor(scmulan):
         assert str(words) in text
 
 
-def test_what_is_installed_is_told_from_what_is_missing():
+def test_missing_packages_have_no_version():
     core, extras = installed()
     assert {"torch", "anndata", "typer"} <= set(core)
     assert core["numpy"] == np.__version__

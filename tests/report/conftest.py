@@ -1,4 +1,4 @@
-"""Real blood cells, annotated, embedded and written by a small model, and the page about them."""
+"""Real blood cells, annotated and embedded by a small model, cells that it generated, and the page about both."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ CARD = {
     "description": "A model with random weights.",
     "objective": "next_word",
     "cells": 1234,
-    "cell_types": {name: 10 * place for place, name in enumerate(FINE, start=1)},
+    "cell_types": {name: 10 * rank for rank, name in enumerate(FINE, start=1)},
     "data": [{"study": "one"}, {"study": "two"}],
     "metadata": {"organ": ["Blood"], "sex": []},
     "covered": 0.5,
@@ -37,7 +37,7 @@ CARD = {
 
 
 class Page(HTMLParser):
-    """What a reader of a page finds: its text, tables by caption, and tags."""
+    """Content of a page: text, tables by caption, and tags."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def card() -> dict:
 
 
 @pytest.fixture
-def made(tmp_path) -> Callable[..., Page]:
+def write_page(tmp_path) -> Callable[..., Page]:
     """Write a page and read it."""
 
     def make(cells: ad.AnnData, **options) -> Page:
@@ -171,10 +171,10 @@ def generated(generated_file) -> ad.AnnData:
 def page_file(tmp_path_factory, annotated_file, generated_file) -> Path:
     """The whole page."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    cells, written = ad.read_h5ad(annotated_file, backed="r"), ad.read_h5ad(generated_file, backed="r")
-    write_report(cells, path, generated=written, command="scmulan report a.h5ad -o report.html", card=CARD)
+    cells, generated = ad.read_h5ad(annotated_file, backed="r"), ad.read_h5ad(generated_file, backed="r")
+    write_report(cells, path, generated=generated, command="scmulan report a.h5ad -o report.html", card=CARD)
     cells.file.close()
-    written.file.close()
+    generated.file.close()
     return path
 
 

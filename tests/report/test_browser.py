@@ -1,4 +1,4 @@
-"""The page in a browser: complete, quiet, and readable on a desk and on a phone."""
+"""The page in a browser: complete, without errors, and readable on a desk and on a phone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +21,16 @@ def browser() -> Iterator:
 
 
 class Visit:
-    """A page that was opened, and what went wrong."""
+    """An opened page: its messages and the requests that it made."""
 
     def __init__(self, browser, path: Path, width: int, scheme: str = "light") -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.tab = self.context.new_page()
-        self.said: list[str] = []
-        self.asked_for: list[str] = []
-        self.tab.on("console", lambda message: self.said.append(message.text))
-        self.tab.on("pageerror", lambda error: self.said.append(str(error)))
-        self.tab.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.tab.on("console", lambda message: self.messages.append(message.text))
+        self.tab.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.tab.on("dialog", lambda dialog: (self.messages.append(dialog.message), dialog.dismiss()))
         self.tab.route("**/*", self._answer)
         self.tab.goto(path.as_uri(), wait_until="load")
 
@@ -38,7 +38,7 @@ class Visit:
         if route.request.url.startswith(("file://", "data:")):
             route.continue_()
         else:
-            self.asked_for.append(route.request.url)
+            self.requests.append(route.request.url)
             route.abort()
 
     def __enter__(self) -> "Visit":
@@ -50,7 +50,7 @@ class Visit:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_page_is_quiet_and_fits(browser, page_file, width, scheme):
+def test_page_is_without_errors_and_fits(browser, page_file, width, scheme):
     with Visit(browser, page_file, width, scheme) as visit:
         assert visit.tab.title() == "Cell types by scMulan"
         visit.tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -62,7 +62,7 @@ def test_page_is_quiet_and_fits(browser, page_file, width, scheme):
                 .map(e => e.tagName + ' ' + e.className)"""
         )
         assert outside == []
-        assert visit.said == [] and visit.asked_for == []
+        assert visit.messages == [] and visit.requests == []
 
 
 def test_a_request_would_be_seen(browser, page_file, tmp_path):
@@ -70,7 +70,7 @@ def test_a_request_would_be_seen(browser, page_file, tmp_path):
     html = page_file.read_text(encoding="utf-8").replace("img-src data:", "img-src *")
     path.write_text(html.replace("</main>", '<img src="https://example.org/x.png"></main>'), encoding="utf-8")
     with Visit(browser, path, 1280) as visit:
-        assert visit.asked_for == ["https://example.org/x.png"]
+        assert visit.requests == ["https://example.org/x.png"]
 
 
 def test_policy_stops_scripts_and_requests(browser, page_file, tmp_path):
@@ -78,8 +78,8 @@ def test_policy_stops_scripts_and_requests(browser, page_file, tmp_path):
     evil = '<img src="https://example.org/x.png" onerror="alert(1)"><script>alert(2)</script></main>'
     path.write_text(page_file.read_text(encoding="utf-8").replace("</main>", evil), encoding="utf-8")
     with Visit(browser, path, 1280) as visit:
-        assert visit.asked_for == []
-        assert len(visit.said) >= 2 and all("Content Security Policy" in text for text in visit.said)
+        assert visit.requests == []
+        assert len(visit.messages) >= 2 and all("Content Security Policy" in text for text in visit.messages)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -132,4 +132,4 @@ def test_page_prints(browser, page_file):
     with Visit(browser, page_file, 1280) as visit:
         pdf = visit.tab.pdf(format="A4")
         assert pdf.startswith(b"%PDF") and 3 <= pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") <= 20
-        assert visit.said == []
+        assert visit.messages == []

@@ -1,4 +1,4 @@
-"""The page says what the files say, and nothing in them can get out of its place."""
+"""The page agrees with the files, and text in them cannot become markup."""
 
 import subprocess
 import sys
@@ -14,11 +14,11 @@ from scmulan.errors import InputError, OutputError, ScmulanError
 from scmulan.report import page as page_module
 from scmulan.report import write_report
 
-EVIL = "<script>alert(1)</script>"
+MARKUP = "<script>alert(1)</script>"
 
 
-def few(cells: ad.AnnData, n: int = 40) -> ad.AnnData:
-    """So few cells that no UMAP is computed."""
+def few_cells(cells: ad.AnnData, n: int = 40) -> ad.AnnData:
+    """Return so few cells that no UMAP is computed."""
     return cells[:n].copy()
 
 
@@ -42,22 +42,22 @@ def test_types_are_counted(page, annotated, card):
     assert rows[-1][0].endswith(UNKNOWN) and rows[-1][1] == "1"
 
 
-def test_numbers_of_types_are_their_places(page):
+def test_numbers_of_types_are_their_ranks(page):
     numbers = [row[0].split(" ")[0] for row in page.tables["Predicted cell types"][1:]]
     assert numbers == [str(n) for n in range(1, len(numbers) + 1)]
 
 
-def test_many_types_are_folded(annotated, made):
-    cells = few(annotated)
+def test_many_types_are_folded(annotated, write_page):
+    cells = few_cells(annotated)
     cells.obs[CELL_TYPE] = pd.Categorical([f"type {min(i, 34)}" for i in range(40)])
-    page = made(cells)
+    page = write_page(cells)
     first, more = page.tables["Predicted cell types"][1:], page.tables["More predicted cell types"][1:]
     assert (len(first), len(more)) == (30, 5)
     assert first[0][:2] == ["1 type 34", "6"] and more[-1][0].startswith("35 ")
     assert "5 more types, with 5 cells" in page.text
 
 
-def test_input_is_accounted_for(page, annotated):
+def test_input_is_described(page, annotated):
     facts = {row[0]: row[1] for row in page.tables["The input"]}
     info = annotated.uns["scmulan"]
     genes = info["genes"]
@@ -137,42 +137,44 @@ def test_page_needs_nothing_else(page):
     assert len(page.html) < 3_000_000
 
 
-def test_text_from_files_stays_text(annotated, generated, made):
-    cells = few(annotated)
+def test_text_from_files_stays_text(annotated, generated, write_page):
+    cells = few_cells(annotated)
     half = np.arange(40) % 2 == 0
-    cells.obs[CELL_TYPE] = pd.Categorical(np.where(half, EVIL, "$\\frac{a}$\x01 & B"))
-    cells.obs[COARSE] = pd.Categorical([EVIL] * 40)
+    cells.obs[CELL_TYPE] = pd.Categorical(np.where(half, MARKUP, "$\\frac{a}$\x01 & B"))
+    cells.obs[COARSE] = pd.Categorical([MARKUP] * 40)
     cells.obs[STATUS] = pd.Categorical(["conflict"] * 40)
     cells.obs[ONTOLOGY_ID] = '"><script>alert(1)</script>'
-    cells.obs_names = [f"{EVIL}{i}" for i in range(40)]
+    cells.obs_names = [f"{MARKUP}{i}" for i in range(40)]
     raw = cells.raw.to_adata()
-    evil_genes = [f"<img src=x onerror=alert({i})>" for i in range(3)]
-    raw.var_names = [*raw.var_names[:-3], *evil_genes]
+    markup_genes = [f"<img src=x onerror=alert({i})>" for i in range(3)]
+    raw.var_names = [*raw.var_names[:-3], *markup_genes]
     x = raw.X.tolil()
     x[np.flatnonzero(half)[:, None], [762, 763, 764]] = 5.0
     x[np.flatnonzero(~half)[:, None], [762, 763, 764]] = 0.0
     raw.X = x.tocsr()
     cells.raw = raw
-    cells.uns["scmulan"]["model"] = EVIL
-    cells.uns["scmulan"]["genes"]["renamed"] = {"count": 1, "examples": [f"{EVIL} → {EVIL}"]}
-    written = generated.copy()
-    written.obs["prompt_fine_type"] = pd.Categorical([EVIL] * 30)
-    page = made(cells, generated=written, title=EVIL, command=EVIL, card={"description": EVIL, "cell_types": {EVIL: 3}})
+    cells.uns["scmulan"]["model"] = MARKUP
+    cells.uns["scmulan"]["genes"]["renamed"] = {"count": 1, "examples": [f"{MARKUP} → {MARKUP}"]}
+    other = generated.copy()
+    other.obs["prompt_fine_type"] = pd.Categorical([MARKUP] * 30)
+    page = write_page(
+        cells, generated=other, title=MARKUP, command=MARKUP, card={"description": MARKUP, "cell_types": {MARKUP: 3}}
+    )
     assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
-    assert EVIL not in page.html
-    assert page.text.count(EVIL) > 20
+    assert MARKUP not in page.html
+    assert page.text.count(MARKUP) > 20
     # In the dot plot too, where labels pass through matplotlib.
-    assert evil_genes[0] in page.words or f"{evil_genes[0][:13]}…" in page.words
+    assert markup_genes[0] in page.words or f"{markup_genes[0][:13]}…" in page.words
     assert sum("$\\frac{a}$" in words for words in page.words) > 3
 
 
-def test_few_cells_without_embedding_or_probability(annotated, made):
-    cells = few(annotated)
+def test_few_cells_without_embedding_or_probability(annotated, write_page):
+    cells = few_cells(annotated)
     del cells.obsm[EMBEDDING]
     cells.obs[PROBABILITY] = np.float32("nan")
     cells.uns["scmulan"]["parameters"]["annotate"]["rule"] = "release"
-    page = made(cells)
+    page = write_page(cells)
     assert "There is no map" in page.text
     assert "decoded greedily" in page.text
     assert {row[3] for row in page.tables["Predicted cell types"][1:]} == {"–"}
@@ -180,40 +182,40 @@ def test_few_cells_without_embedding_or_probability(annotated, made):
     assert "Generated cells" not in page.text
 
 
-def test_release_rule_has_a_map_but_no_probabilities(annotated, made):
-    cells = few(annotated)
+def test_release_rule_has_a_map_but_no_probabilities(annotated, write_page):
+    cells = few_cells(annotated)
     cells.obs[PROBABILITY] = np.float32("nan")
-    page = made(cells)
+    page = write_page(cells)
     assert sum(a.get("aria-label", "").startswith("PCA of") for tag, a in page.tags if tag == "svg") == 1
     assert "gives no probabilities" in page.text
 
 
-def test_results_survive_a_lost_record(annotated, made):
-    cells = few(annotated)
+def test_results_survive_a_lost_record(annotated, write_page):
+    cells = few_cells(annotated)
     del cells.uns["scmulan"]
-    page = made(cells)
+    page = write_page(cells)
     assert "does not say how it was annotated" in page.text
     assert dict(page.tables["The input"])["Matrix"].startswith("raw.X")
 
 
-def test_type_that_no_cell_has(annotated, generated, made):
-    cells = few(annotated)
-    written = generated.copy()
-    written.obs["prompt_fine_type"] = pd.Categorical(["hepatocyte"] * 30)
-    page = made(cells, generated=written)
+def test_prompted_type_that_no_cell_has(annotated, generated, write_page):
+    cells = few_cells(annotated)
+    other = generated.copy()
+    other.obs["prompt_fine_type"] = pd.Categorical(["hepatocyte"] * 30)
+    page = write_page(cells, generated=other)
     assert "No cell of this file was named hepatocyte" in page.text
     assert "Agreement of generated and real cells" not in page.tables
 
 
-def test_only_empty_cells(annotated, made):
+def test_only_empty_cells(annotated, write_page):
     cells = annotated[[3]].copy()
-    page = made(cells)
+    page = write_page(cells)
     assert [row[0] for row in page.tables["Predicted cell types"][1:]] == ["1 unknown"]
     assert "no gene that the model reads" in page.text
 
 
 def test_cells_that_were_not_annotated(annotated, tmp_path):
-    cells = few(annotated)
+    cells = few_cells(annotated)
     del cells.obs[CELL_TYPE]
     with pytest.raises(InputError, match=r"no column 'scmulan_cell_type' in obs.*scmulan annotate") as error:
         write_report(cells, tmp_path / "page.html")
@@ -232,19 +234,19 @@ def test_missing_extra_is_one_line(annotated, tmp_path, monkeypatch):
 def test_old_page_stays_where_a_new_one_fails(annotated, tmp_path):
     path = tmp_path / "page.html"
     path.write_text("old")
-    cells = few(annotated)
+    cells = few_cells(annotated)
     cells.uns["scmulan"]["matrix"]["where"] = "layers['gone']"
     with pytest.raises(ScmulanError, match="gone"):
         write_report(cells, path)
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"] and path.read_text() == "old"
     with pytest.raises(OutputError, match="nowhere"):
-        write_report(few(annotated), tmp_path / "nowhere" / "page.html")
+        write_report(few_cells(annotated), tmp_path / "nowhere" / "page.html")
 
 
-def test_input_is_not_changed(annotated, generated, made):
-    cells = few(annotated)
+def test_input_is_not_changed(annotated, generated, write_page):
+    cells = few_cells(annotated)
     before = cells.copy()
-    made(cells, generated=generated)
+    write_page(cells, generated=generated)
     pd.testing.assert_frame_equal(cells.obs, before.obs)
     assert list(cells.uns) == list(before.uns) and list(cells.obsm) == list(before.obsm)
     assert (cells.raw.X != before.raw.X).nnz == 0

@@ -20,7 +20,9 @@ from scmulan._keys import CELL_TYPE
 from scmulan.errors import OutputError, ScmulanError
 from scmulan.model.folder import read_card, resolve_model
 from scmulan.report import text
-from scmulan.report.compare import Comparison
+from scmulan.report.compare import Comparison, compare, count_prompts
+from scmulan.report.layout import lay_out, sample_rows
+from scmulan.report.markers import find_markers
 from scmulan.report.results import (
     GENERATED_COLOUR,
     OTHER_COLOUR,
@@ -44,7 +46,7 @@ GENERATION_PARAMETERS = {
     "max_words": "Most words",
     "panel": "Genes allowed",
 }
-# Module → package.
+# Packages that only reports need: module → name in the registry.
 PACKAGES = {"jinja2": "jinja2", "matplotlib": "matplotlib", "umap": "umap-learn"}
 
 
@@ -199,7 +201,6 @@ def _draw_maps(results: Results) -> dict[str, Any]:
     from markupsafe import Markup
 
     from scmulan.report import figures
-    from scmulan.report.layout import lay_out, sample_rows
 
     content: dict[str, Any] = dict.fromkeys(("map_method", "map_text", "type_map", "probability_map"))
     cells = np.flatnonzero(results.status != "empty")
@@ -221,7 +222,6 @@ def _draw_markers(results: Results, matrix: ExpressionMatrix) -> dict[str, Any]:
     from markupsafe import Markup
 
     from scmulan.report import figures
-    from scmulan.report.markers import find_markers
 
     label = np.where(results.status == "empty", "", results.label)
     markers = find_markers(matrix, label, [row.name for row in results.types if row.shown])
@@ -233,14 +233,12 @@ def _compare_generated(
     annotated: AnnData, results: Results, generated: AnnData, matrix: ExpressionMatrix
 ) -> dict[str, Any]:
     """Compare generated cells with real ones, and draw the comparisons."""
-    from scmulan.report import compare
-
-    comparisons = compare.compare(annotated, results, generated, matrix)
+    comparisons = compare(annotated, results, generated, matrix)
     settings = read_info(generated)
     parameters = settings.get("parameters", {}).get("generate", {})
     return {
         "cells": generated.n_obs,
-        "prompts": compare.count_prompts(generated),
+        "prompts": count_prompts(generated),
         "comparisons": [(c, _draw_comparison(c, i)) for i, c in enumerate(comparisons)],
         "settings": settings,
         "parameters": {label: parameters[name] for name, label in GENERATION_PARAMETERS.items() if name in parameters},
