@@ -196,7 +196,7 @@ def test_a_typical_step_is_the_mean_of_real_ones(vocabulary, store, task):
     made = [batches.batch(step) for step in range(60)]
     typical = typical_step(config, task)
     assert typical.sentences == np.mean([len(b.entity) for b in made])
-    assert typical.words == pytest.approx(np.mean([b.tokens for b in made]), rel=0.2)
+    assert typical.tokens == pytest.approx(np.mean([b.tokens for b in made]), rel=0.2)
     assert typical.positions == pytest.approx(np.mean([len(b.positions) for b in made]), rel=0.2)
 
 

@@ -120,7 +120,7 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
     took, update = min(_step(model, optimizer, batch, objective) for _ in range(2))
     # One update serves all the words of a recipe's step.
     full = typical_step(LARGE_BATCHES, "generate")
-    whole = batch_flops(config, full.words, full.sentences, full.positions) / (flops / (took - update))
+    whole = batch_flops(config, full.tokens, full.sentences, full.positions) / (flops / (took - update))
     figures = {
         "share": round(flops / took / ceiling, 4),
         "words": batch.tokens,

@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts: operations, memory, hours; no cell's expression is read for it."""
+"""Estimate what a run will cost before it starts: operations, memory, hours; no cell's expression is read."""
 
 import math
 import time
@@ -21,10 +21,8 @@ from scmulan.train.trainer import batch_loss
 from scmulan.vocab.tasks import TASKS
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
-# Operations of the step that is timed, at most: a second or so on one core.
-TIMED_FLOPS = 1e11
-# Tables of positions × words that a chunk of the loss has at a time, about.
-LOSS_TABLES = 6
+TIMED_FLOPS = 1e11  # of the step that is timed, at most: a second or so on one core
+LOSS_TABLES = 6  # float32 tables of positions × vocabulary that a chunk of the loss has at a time, about
 
 
 @dataclass(kw_only=True)
@@ -32,19 +30,19 @@ class Step:
     """Size of a typical step of a task."""
 
     sentences: int
-    words: int
+    tokens: int
     positions: int
 
 
 def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
-    """Cost of a recipe's run.
+    """Estimate the cost of a recipe's run.
 
     Parameters
     ----------
     plan, base
         The recipe and its folder.
     world
-        Processes that would share it.
+        Number of processes that would share it.
 
     Returns
     -------
@@ -56,10 +54,10 @@ def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
     """
     cells, vocabulary_size, genes = _sizes(plan, base)
     config = model_config(plan, vocabulary_size)
-    shares = plan.batches.tasks
-    steps = {name: typical_step(plan.batches, name) for name in shares}
-    weight = {name: share / sum(shares.values()) for name, share in shares.items()}
-    flops = sum(w * batch_flops(config, s.words, s.sentences, s.positions) for (_, s), w in _zip(steps, weight))
+    steps = {task: typical_step(plan.batches, task) for task in plan.batches.tasks}
+    total_weight = sum(plan.batches.tasks.values())
+    mean = [(weight / total_weight, steps[task]) for task, weight in plan.batches.tasks.items()]
+    flops = sum(w * batch_flops(config, s.tokens, s.sentences, s.positions) for w, s in mean)
     if plan.run.recompute:
         flops *= 4 / 3
     precision: str = plan.run.precision
@@ -67,14 +65,14 @@ def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
     if precision == "auto":
         precision = faster_precision(gemm_rates(config, device))
     speed = measured_speed(config, plan.objective, precision, device)
-    largest = max(steps.values(), key=lambda s: s.words + s.positions)
+    largest = max(steps.values(), key=lambda s: s.tokens + s.positions)
     total = flops * plan.optimizer.steps
     return {
         "cells": cells,
         "genes": genes,
         "parameters": count_parameters(config),
         "steps": plan.optimizer.steps,
-        "cell_passes": round(plan.optimizer.steps * sum(w * s.sentences for (_, s), w in _zip(steps, weight))),
+        "cell_passes": round(plan.optimizer.steps * sum(w * s.sentences for w, s in mean)),
         "flops_per_step": flops,
         "flops_total": total,
         "processes": world,
@@ -85,12 +83,8 @@ def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
     }
 
 
-def _zip(steps: Mapping[str, Step], weight: Mapping[str, float]) -> list[tuple[tuple[str, Step], float]]:
-    return [((name, step), weight[name]) for name, step in steps.items()]
-
-
 def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
-    """Cells, words of the vocabulary, genes; from manifests and obs columns alone."""
+    """Count cells, tokens of the vocabulary and genes, from manifests and obs columns alone."""
     corpus = plan.corpus(base)
     if corpus is not None:
         from scmulan.data.store import Corpus
@@ -98,42 +92,45 @@ def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
         store = Corpus(corpus)
         return len(store), len(store.vocabulary), len(store.vocabulary.genes)
     cells = 0
-    words: dict[Family, set[str]] = {family: set() for family in METADATA}
+    names: dict[Family, set[str]] = {family: set() for family in METADATA}
     for spec in plan.studies(base):
         with open_study(spec) as adata:
             obs = adata.obs
         cells += len(obs)
         for family, column in spec.metadata(obs).items():
-            words[family] |= set(column.unique()) - {""}
-    if plan.vocabulary.file:
-        there = plan.vocabulary.file == "published"
-        vocabulary = Vocabulary.published() if there else Vocabulary.load(base / plan.vocabulary.file)
-        return cells, len(vocabulary), len(vocabulary.genes)
+            names[family] |= set(column.unique()) - {""}
+    fixed = plan.fixed_vocabulary(base)
+    if fixed is not None:
+        return cells, len(fixed), len(fixed.genes)
     genes = plan.vocabulary.genes
-    stand_in = Vocabulary.build([f"gene {i}" for i in range(genes)], {f: sorted(w) for f, w in words.items()})
+    stand_in = Vocabulary.build([f"gene {i}" for i in range(genes)], {f: sorted(n) for f, n in names.items()})
     return cells, len(stand_in), genes
 
 
 def typical_step(config: BatchConfig, task: str) -> Step:
-    """Sentences, words and loss positions of a task's mean step, with sentences as long as the recipe allows."""
+    """Return sentences, tokens and loss positions of a task's mean step, as long as the recipe allows."""
     if Family.GENE in TASKS[task].prompt:
-        most, cells = config.max_prompt_genes, config.cells
-        least = min(config.min_prompt_genes, most)
-        length = (least + most) / 2
+        longest, cells = config.max_prompt_genes, config.cells
+        shortest = min(config.min_prompt_genes, longest)
+        length = (shortest + longest) / 2
         answer = len(TASKS[task].target) + 1
     else:
-        least, most = min(config.min_target_genes, config.max_target_genes), config.max_target_genes
-        cells = config.generate_cells
-        length = (most - least) / math.log(most / least) if most > least else float(most)
+        longest, cells = config.max_target_genes, config.generate_cells
+        shortest = min(config.min_target_genes, longest)
+        length = float(longest)
+        if longest > shortest:  # mean of a limit that is uniform in its logarithm
+            length = (longest - shortest) / math.log(longest / shortest)
         answer = round(length)
     sentences = min(cells, max(4, config.tokens // round(length)))
     if Family.GENE not in TASKS[task].prompt and config.positions:
         answer = min(answer, config.positions, max(4, config.max_positions // sentences))
-    return Step(sentences=sentences, words=round(sentences * (length + 4)), positions=sentences * answer)
+    return Step(sentences=sentences, tokens=round(sentences * (length + 4)), positions=sentences * answer)
 
 
 def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, precision: str) -> dict[str, int]:
-    """Memory of one process: weights, gradients and AdamW's moments in fp32, and what is kept for the backward pass.
+    """Estimate the memory of one process.
+
+    Weights, gradients and AdamW's moments in fp32, and what is kept for the backward pass.
 
     A running average of the weights counts as the optimiser's.
     """
@@ -141,83 +138,85 @@ def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, pr
     parts = world if plan.run.parallel == "fsdp" else 1
     block = 12 * config.width**2
     gathered = 4 * (block + number - config.layers * block) if parts > 1 else 0
-    share = 1 / (world * plan.run.accumulate)
+    fraction = 1 / (world * plan.run.accumulate)
     return {
         "weights": 4 * number // parts + gathered,
         "gradients": 4 * number // parts,
         "optimizer": (12 if plan.optimizer.ema_decay else 8) * number // parts,
         "activations": activation_bytes(
-            config, math.ceil(step.words * share), math.ceil(step.positions * share),
+            config, math.ceil(step.tokens * fraction), math.ceil(step.positions * fraction),
             recompute=plan.run.recompute, precision=precision,
         ),
     }  # fmt: skip
 
 
 def activation_bytes(
-    config: MulanConfig, words: int, positions: int, *, recompute: bool = False, precision: str = "fp32"
+    config: MulanConfig, tokens: int, positions: int, *, recompute: bool = False, precision: str = "fp32"
 ) -> int:
-    """Bytes kept for the backward pass, about.
+    """Estimate the bytes kept for the backward pass.
 
-    A block keeps 16 vectors of the model's width per word (two norms' inputs and outputs, queries, keys, values, what
+    A block keeps 16 vectors of the model's width per token (two norms' inputs and outputs, queries, keys, values, what
     attention gave, four each of the feed-forward's two sides), halved by bf16 where matrix products read them.
     """
     size = 4.0 if precision == "fp32" else 2.5
-    block = 16 * config.width * words * size
-    kept = config.layers * config.width * words * 4.0 + block if recompute else config.layers * block
+    block = 16 * config.width * tokens * size
+    kept = config.layers * config.width * tokens * 4.0 + block if recompute else config.layers * block
     if config.set_state:
-        kept += 9 * config.width * words * 4.0
+        kept += 9 * config.width * tokens * 4.0
     loss = LOSS_TABLES * min(positions, chunk_rows(config.vocabulary, "cpu")) * config.vocabulary * 4.0
     heads = 2 * config.vocabulary * config.width * 4.0 + 3 * positions * config.width * 4.0
     return round(kept + loss + heads)
 
 
-def synthetic_batch(config: MulanConfig, sentences: int, words: int, positions: int, seed: int = 0) -> Batch:
-    """Sentences of random words, as many positions of which are asked for as given: a step's work without cells."""
+def synthetic_batch(config: MulanConfig, sentences: int, tokens: int, positions: int, seed: int = 0) -> Batch:
+    """Make a batch of sentences of random tokens with that many loss positions: a step's work without cells."""
     rng = np.random.default_rng(seed)
     V = config.vocabulary
-    order = np.stack([rng.permutation(V - 1)[: min(words, V - 1)] + 1 for _ in range(sentences)])
-    words = order.shape[1]
-    place = np.full((sentences, V), -1, dtype=np.int16)
-    np.put_along_axis(place, order, np.arange(words, dtype=np.int16)[None], axis=1)
-    place[:, 0] = words
-    level = np.where(place >= 0, rng.integers(1, config.levels + 1, place.shape), 0).astype(np.uint8)
+    order = np.stack([rng.permutation(V - 1)[: min(tokens, V - 1)] + 1 for _ in range(sentences)])
+    tokens = order.shape[1]
+    index_of = np.full((sentences, V), -1, dtype=np.int16)
+    np.put_along_axis(index_of, order, np.arange(tokens, dtype=np.int16)[None], axis=1)
+    index_of[:, 0] = tokens
+    level = np.where(index_of >= 0, rng.integers(1, config.levels + 1, index_of.shape), 0).astype(np.uint8)
     level[:, 0] = 0
     each = max(1, positions // sentences)
-    said = np.concatenate([np.sort(rng.choice(words, size=min(each, words), replace=False)) for _ in range(sentences)])
-    row = np.repeat(np.arange(sentences), len(said) // sentences)
+    index = np.concatenate(
+        [np.sort(rng.choice(tokens, size=min(each, tokens), replace=False)) for _ in range(sentences)]
+    )
+    row = np.repeat(np.arange(sentences), len(index) // sentences)
     return Batch(
         task="generate",
         entity=torch.from_numpy(order),
         value=torch.from_numpy(np.take_along_axis(level, order, 1).astype(np.int64)),
-        positions=torch.from_numpy(row * words + said),
+        positions=torch.from_numpy(row * tokens + index),
         targets=Targets(
             row=torch.from_numpy(row),
-            index=torch.from_numpy(said),
+            index=torch.from_numpy(index),
             weight=torch.full((len(row),), 1 / len(row)),
-            order=torch.from_numpy(place),
+            order=torch.from_numpy(index_of),
             level=torch.from_numpy(level),
             end=0,
             allowed=torch.ones(sentences, V, dtype=torch.bool),
             labelled=torch.zeros(sentences, dtype=torch.bool),
         ),
-        tokens=sentences * words,
+        tokens=sentences * tokens,
         cells=np.arange(sentences),
         all_cells=sentences,
-        all_tokens=sentences * words,
+        all_tokens=sentences * tokens,
     )
 
 
 def measured_speed(config: MulanConfig, objective: ObjectiveConfig, precision: str, device: str = "cpu") -> float:
-    """Operations per second of forward and backward, on a network of the same width with as few blocks as time allows.
+    """Measure operations per second of forward and backward, on a network of the same width with few blocks.
 
     Counted as in :func:`scmulan.model.cost.batch_flops`; the faster of two short steps.
     """
-    sentences, words = 4, min(256, config.vocabulary - 1)
-    flops = batch_flops(replace(config, layers=1), sentences * words, sentences, sentences * words // 4)
+    sentences, tokens = 4, min(256, config.vocabulary - 1)
+    flops = batch_flops(replace(config, layers=1), sentences * tokens, sentences, sentences * tokens // 4)
     layers = max(1, min(config.layers, round(TIMED_FLOPS / flops)))
     small = replace(config, layers=layers)
     model = Mulan(small).to(device)
-    batch = synthetic_batch(small, sentences, words, sentences * words // 4)
+    batch = synthetic_batch(small, sentences, tokens, sentences * tokens // 4)
     if device != "cpu":
         batch = batch.to(torch.device(device))
     seconds = math.inf
@@ -229,11 +228,11 @@ def measured_speed(config: MulanConfig, objective: ObjectiveConfig, precision: s
         (entity + objective.value_weight * value).backward()
         entity.item()  # waits for an accelerator
         seconds = min(seconds, time.perf_counter() - start)
-    return batch_flops(small, sentences * words, sentences, len(batch.positions)) / seconds
+    return batch_flops(small, sentences * tokens, sentences, len(batch.positions)) / seconds
 
 
 def describe_estimate(report: Mapping[str, Any]) -> str:
-    """Say it in a few lines."""
+    """Describe an estimate in a few lines."""
     memory = report["bytes_per_rank"]
     hours = report["hours"]
     took = f"{hours:,.1f} hours" if hours < 100 else f"{hours / 24:,.0f} days"
