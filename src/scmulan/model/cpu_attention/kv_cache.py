@@ -119,7 +119,7 @@ def attend_to_tiles(
 
 @lru_cache
 def _c_function() -> Any:
-    """Compile the job as a C function; why ``attention`` has a twin of this is said there."""
+    """Compile the job as a C function; the module ``attention`` says why it has a twin of this."""
 
     def attend_in_c(frame: int) -> None:
         _attend(frame)
