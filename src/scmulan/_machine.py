@@ -15,7 +15,7 @@ from scmulan._io.outputs import atomic_path
 from scmulan.errors import OutputError
 
 # Instructions that decide how fast matrix products are, as Linux names them (x86, then ARM).
-FLAGS = (
+CPU_FLAGS = (
     "avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
     "asimd", "asimddp", "sve", "bf16", "i8mm",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def _version(name: str) -> str | None:
 
 
 def cpu() -> dict[str, Any]:
-    """Return model, architecture and cores of the CPU, and which of ``FLAGS`` it has (None where unknown)."""
+    """Return model, architecture and cores of the CPU, and which of ``CPU_FLAGS`` it has (None where unknown)."""
     text = _read("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
@@ -51,7 +51,7 @@ def cpu() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "flags": [flag for flag in FLAGS if flag in flags[1].split()] if flags else None,
+        "flags": [flag for flag in CPU_FLAGS if flag in flags[1].split()] if flags else None,
     }
 
 

@@ -213,6 +213,17 @@ def test_bad_values_that_no_sample_sees_are_met_while_streaming(bad):
         list(matrix.chunks(64))
 
 
+@pytest.mark.parametrize("matrix_kind", ["counts", "log1p"])
+def test_columns_of_a_gene_are_summed_on_counts(matrix_kind):
+    counts = np.array([[3, 1, 4, 2], [0, 0, 0, 5], [0, 0, 0, 0]], dtype=np.float32)
+    adata = ad.AnnData(counts if matrix_kind == "counts" else np.log1p(counts))
+    matrix = choose_matrix(adata, matrix_kind=matrix_kind)
+    amounts, total = matrix.read_amounts(np.array([1, 0, 1, -1]), 3, size=2)
+    np.testing.assert_allclose(amounts.toarray(), [[1, 7, 0], [0, 0, 0], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(total, [10, 5, 0], rtol=1e-6)
+    assert amounts.dtype == total.dtype == np.float32
+
+
 @pytest.mark.parametrize("form", ["csr", "csc", "csc on disk"])
 def test_what_a_sample_finds_is_named_by_its_place_in_the_matrix(form, tmp_path):
     values = sp.random(5000, 30, 0.2, format="lil", random_state=0, data_rvs=lambda n: np.ones(n))
