@@ -1,10 +1,11 @@
-"""``scmulan annotate``."""
+"""``scmulan annotate``: predict cell types."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from scmulan._text import format_fields
 from scmulan.cli import console, options
 
 
@@ -14,21 +15,21 @@ def annotate(
     model: options.Model = "mini",
     table: Annotated[
         Path | None,
-        typer.Option(metavar="T.csv", help="Also write the types alone, as CSV or TSV.", show_default=False),
+        typer.Option(metavar="T.csv", help="Also write the cell types as CSV or TSV.", show_default=False),
     ] = None,
     rule: Annotated[
         Literal["default", "stepwise", "release"],
         typer.Option(
-            help="default: every type's probability; stepwise: fine types after the coarse one; "
+            help="default: the type with the largest probability; stepwise: fine type after the coarse one; "
             "release: the words that the published release decodes."
         ),
     ] = "default",
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, metavar="P", help="Types with a lower probability are marked as uncertain.")
+        float, typer.Option(min=0, max=1, metavar="P", help="Mark types with a lower probability as uncertain.")
     ] = 0.5,
     embed: Annotated[bool, typer.Option("--embed", help="Also store the embedding, as scmulan embed does.")] = False,
     smooth: Annotated[
-        bool, typer.Option("--smooth", help="Also store the types that each cell's nearest neighbours vote for.")
+        bool, typer.Option("--smooth", help="Also store the type of most of each cell's nearest neighbours.")
     ] = False,
     layer: options.Layer = None,
     matrix_kind: options.MatrixKind = None,
@@ -39,12 +40,12 @@ def annotate(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Annotate cells: predict cell types with probabilities.
+    """Predict cell types.
 
     The output is a copy of the input with scmulan_cell_type, …_coarse, …_probability, …_status and …_ontology_id
-    in obs, and how they were made in uns['scmulan']. With --smooth, …_smoothed and …_smoothed_share too.
+    in obs, and parameters in uns['scmulan']. With --smooth, …_smoothed and …_smoothed_share too.
 
-    A job that was interrupted goes on where it was when the same command is run again.
+    The same command continues an interrupted job.
     """
     from scmulan.tl._files import ReadOptions, annotate_file
 
@@ -79,13 +80,13 @@ def _summary(account: dict[str, Any]) -> str:
     status = [f"{count / cells:.1%} {name}" for name, count in account["status"].items() if count]
     return "\n".join(
         [
-            console.heading(account),
-            console.table(
+            console.describe_run(account),
+            format_fields(
                 {
-                    **console.reading(account),
+                    **console.describe_input(account),
                     "types": "; ".join(types[:8]) + more,
                     "status": ", ".join(status),
-                    "written": console.written(account["output"], account["table"]),
+                    "written": console.list_paths(account["output"], account["table"]),
                 }
             ),
         ]

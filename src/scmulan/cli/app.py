@@ -81,11 +81,11 @@ def run(args: list[str]) -> int:
         except typer.Exit as end:
             return end.exit_code
         except ScmulanError as error:
-            console.tell("error", str(error))
+            console.message("error", str(error))
             return 2
         except UsageError as error:
             path = error.ctx.command_path if error.ctx else "scmulan"
-            console.tell("error", f"{error.format_message()} (see {path} --help)")
+            console.message("error", f"{error.format_message()} (see {path} --help)")
             return 2
     return 0
 
@@ -96,4 +96,4 @@ def _show_warning(
     """Show scmulan's own warnings as one line, and none of other packages: those are for developers."""
     own = category.__module__.startswith("scmulan") or (category is UserWarning and filename.startswith(PACKAGE))
     if own:
-        console.tell("warning", str(message))
+        console.message("warning", str(message))

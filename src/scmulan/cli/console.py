@@ -1,32 +1,19 @@
-"""How the command line talks: results on standard output, everything else on standard error."""
+"""Output of commands: results on standard output, everything else on standard error."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from scmulan._progress import Advance, Progress
-from scmulan._text import format_fields
-
-table = format_fields  # until all verbs use it
-
-
-def tell(kind: str, text: str) -> None:
-    """Print an error or a warning as one line on standard error."""
-    print(f"scmulan: {kind}: {' '.join(text.split(chr(10)))}", file=sys.stderr)
-
-
-def log(text: str) -> None:
-    """Print a line about the work that is going on to standard error."""
-    print(text, file=sys.stderr)
 
 
 class ConsoleProgress(Progress):
-    """Progress on standard error: lines always, bars with speed and time left while it is a terminal."""
+    """Progress on standard error: lines always, bars with speed and time left if it is a terminal."""
 
     def log(self, line: str) -> None:
-        """Print a line, above a bar that is shown."""
+        """Print a line, above the bar if one is shown."""
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -49,44 +36,40 @@ class ConsoleProgress(Progress):
 
 
 PROGRESS = ConsoleProgress()
-"""What every verb gets as ``progress``."""
+"""Argument ``progress`` of all functions that commands call."""
+
+
+def message(kind: str, text: str) -> None:
+    """Print an error or a warning as one line on standard error."""
+    print(f"scmulan: {kind}: {' '.join(text.split(chr(10)))}", file=sys.stderr)
 
 
 def result(content: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Print a verb's result to standard output.
+    """Print the result of a command on standard output.
 
     Parameters
     ----------
     content
         The result in plain types.
     text
-        The same for people.
+        The result as text.
     as_json
-        Whether to print the content, as one JSON object, and not the text.
+        Print the content as one JSON object instead of the text.
     """
     print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
-@contextmanager
-def progress(total: int, unit: str = "cells") -> Iterator[Callable[[int], Any]]:
-    """Show a bar with speed and time left while standard error is a terminal; yield what is told of each advance."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        yield bar.update
-
-
-def heading(account: Mapping[str, Any]) -> str:
-    """Say which cells went through which model, and how fast."""
+def describe_run(account: Mapping[str, Any]) -> str:
+    """Return a line with the number of cells, the model and the speed."""
     speed = f" ({account['cells_per_second']:,.0f} cells/s)" if account["cells_per_second"] else ""
     return f"{account['cells']:,} cells read by {account['model']} in {account['seconds']:.1f} s{speed}"
 
 
-def reading(account: Mapping[str, Any]) -> dict[str, str]:
-    """Say which genes and which matrix were used."""
+def describe_input(account: Mapping[str, Any]) -> dict[str, str]:
+    """Return the genes and the matrix that were used, as fields."""
     return {"genes": account["summary"], "matrix": account["matrix"]["reason"]}
 
 
-def written(*paths: Any) -> str:
-    """Name the files written, those that were not asked for left out."""
+def list_paths(*paths: Any) -> str:
+    """Return paths on one line, without those that are None."""
     return ", ".join(str(path) for path in paths if path is not None)

@@ -65,7 +65,7 @@ def verify(
 
     found = verify(corpus, jobs)
     for problem in found["problems"]:
-        console.tell("error", problem)
+        console.message("error", problem)
     text = (
         f"{corpus}: {len(found['problems'])} files altered or missing"
         if found["problems"]
@@ -96,6 +96,6 @@ def split(
     found = split_corpus(spec, out)
     if found["shared_donors"]:
         names = ", ".join("/".join(donor) for donor in found["shared_donors"][:5])
-        console.tell("warning", f"{len(found['shared_donors'])} donors have cells in several parts: {names}")
+        console.message("warning", f"{len(found['shared_donors'])} donors have cells in several parts: {names}")
     cells = ", ".join(f"{part} {n:,}" for part, n in found["cells"].items())
     console.result(found, f"{found['file']}: {cells} cells", as_json)

@@ -1,9 +1,10 @@
-"""``scmulan embed``."""
+"""``scmulan embed``: compute an embedding of the cells."""
 
 from typing import Annotated, Literal
 
 import typer
 
+from scmulan._text import format_fields
 from scmulan.cli import console, options
 
 
@@ -14,7 +15,7 @@ def embed(
     rule: Annotated[
         Literal["default", "release"],
         typer.Option(
-            help="default: the hidden state that annotates the cell; release: the one that the published release gives."
+            help="default: the hidden state that predicts the cell type; release: the one of the published release."
         ),
     ] = "default",
     layer: options.Layer = None,
@@ -26,12 +27,12 @@ def embed(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Embed cells: compute coordinates that are comparable across studies.
+    """Compute an embedding that is comparable across studies.
 
-    The output is a copy of the input with X_scmulan in obsm, to be used in place of X_pca, and how it was made in
+    The output is a copy of the input with X_scmulan in obsm, to be used in place of X_pca, and parameters in
     uns['scmulan'].
 
-    A job that was interrupted goes on where it was when the same command is run again.
+    The same command continues an interrupted job.
     """
     from scmulan.tl._files import ReadOptions, embed_file
 
@@ -52,9 +53,9 @@ def embed(
         progress=console.PROGRESS,
     )
     rows = {
-        **console.reading(account),
+        **console.describe_input(account),
         "embedding": f"obsm[{account['obsm'][0]!r}], {account['width']} numbers per cell",
         "written": account["output"],
     }
     if account["rank"] == 0:
-        console.result(account, f"{console.heading(account)}\n{console.table(rows)}", as_json)
+        console.result(account, f"{console.describe_run(account)}\n{format_fields(rows)}", as_json)

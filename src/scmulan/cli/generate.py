@@ -1,19 +1,12 @@
-"""``scmulan generate``."""
+"""``scmulan generate``: generate cells from metadata."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from scmulan._text import format_fields
 from scmulan.cli import console, options
-
-
-def _number(text: str) -> int | None:
-    if text == options.AUTO:
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is neither 'auto' nor a positive number")
-    return int(text)
 
 
 def generate(
@@ -24,43 +17,51 @@ def generate(
             "--set",
             metavar="FIELD=WORD",
             show_default=False,
-            help="What the cells should be, once for each field: organ, region, age, sex, status, technology, "
+            help="Prompt, once for each field: organ, region, age, sex, status, technology, "
             "cell_type, cell_type_coarse.",
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", "--cells", min=1, metavar="N", help="Number of cells.")] = 100,
     model: options.Model = "mini",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same cells.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Below 1 the likely genes are preferred.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of sampling: below 1, likely genes are preferred.")
+    ] = 1.0,
     rule: Annotated[
         Literal["default", "exact", "release"],
         typer.Option(
             help="default: what suits the model; exact: each word given those before it; "
-            "release: as the published release."
+            "release: as the published release does."
         ),
     ] = "default",
-    values: Annotated[Literal["sample", "mean"], typer.Option(help="Draw each value, or take its mean.")] = "sample",
+    values: Annotated[
+        Literal["sample", "mean"], typer.Option(help="Draw the level of each gene, or take its mean.")
+    ] = "sample",
     genes_from: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.h5ad", help="Generate only genes that this file measured.", show_default=False),
+        typer.Option(metavar="FILE.h5ad", help="Generate only genes measured in this file.", show_default=False),
     ] = None,
-    max_words: Annotated[int, typer.Option(min=1, metavar="N", help="Most genes of a cell.")] = 1_550,
+    max_words: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of genes of a cell.")] = 1_550,
     draft: Annotated[
         int | None,
         typer.Option(
-            parser=_number,
+            parser=options.auto_or("a positive number"),
             metavar="WORDS",
-            help="Words that are drafted and verified in one pass where a rule draws them one by one; 1 does without. "
-            "Cells are the same.",
+            help="Words drafted and verified in one pass, for rules that draw them one by one; 1 turns it off. "
+            "The cells are the same.",
         ),
     ] = options.AUTO,
     batch_size: Annotated[
         int | None,
-        typer.Option(parser=_number, metavar="CELLS", help="Cells generated side by side; they do not depend on it."),
+        typer.Option(
+            parser=options.auto_or("a positive number"),
+            metavar="CELLS",
+            help="Cells generated at a time; they do not depend on it.",
+        ),
     ] = options.AUTO,
     precision: Annotated[
         Literal["fp32", "bf16", "int8", "auto"],
-        typer.Option(help="Precision; another one generates other cells."),
+        typer.Option(help="Precision. Another one generates other cells."),
     ] = "fp32",
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -68,8 +69,8 @@ def generate(
 ) -> None:
     """Generate cells from metadata.
 
-    X holds log1p values of counts per 10,000, layers['level'] the model's own levels 1 … 10, obs what was requested.
-    Words that a model knows: scmulan model info MODEL.
+    X holds log1p values of counts per 10,000, layers['level'] the model's own levels 1 … 10, obs the prompt.
+    List the words that a model knows: scmulan model info MODEL.
 
     Example: scmulan generate -o b.h5ad --set organ=Blood --set cell_type="B cell" -n 100
     """
@@ -80,15 +81,15 @@ def generate(
         values=values, genes_from=genes_from, max_words=max_words, draft=draft, batch_size=batch_size,
         precision=precision, device=device, force=force, progress=console.PROGRESS,
     )  # fmt: skip
-    words = account["words_per_cell"]
+    n_genes = account["words_per_cell"]
     requested = ", ".join(f"{field.replace('_', ' ')} {word}" for field, word in account["prompt"].items())
-    open_ended = account["cells"] - account["complete"]
+    incomplete = account["cells"] - account["complete"]
     rows = {
         "requested": requested or "any cell",
-        "words": f"{words['mean']:,.0f} ± {words['sd']:,.0f} genes per cell",
-        "unfinished": f"{open_ended:,} cells stopped at {max_words:,} genes" if open_ended else None,
+        "words": f"{n_genes['mean']:,.0f} ± {n_genes['sd']:,.0f} genes per cell",
+        "unfinished": f"{incomplete:,} cells stopped at {max_words:,} genes" if incomplete else None,
         "written": account["output"],
     }
     heading = f"{account['cells']:,} cells generated by {account['model']} in {account['seconds']:.1f} s"
     if account["rank"] == 0:
-        console.result(account, f"{heading}\n{console.table(rows)}", as_json)
+        console.result(account, f"{heading}\n{format_fields(rows)}", as_json)

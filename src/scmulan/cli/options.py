@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,12 +9,17 @@ import typer
 AUTO: Any = "auto"  # default of options that are parsed to an int or None
 
 
-def _parse_batch_size(text: str) -> int | None:
-    if text == AUTO:
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is neither 'auto' nor a positive number of words")
-    return int(text)
+def auto_or(expected: str) -> Callable[[str], int | None]:
+    """Return a parser of an option that is a positive number or ``auto`` (None); ``expected`` is named in errors."""
+
+    def parse(text: str) -> int | None:
+        if text == AUTO:
+            return None
+        if not text.isdigit() or int(text) < 1:
+            raise typer.BadParameter(f"{text!r} is neither 'auto' nor {expected}")
+        return int(text)
+
+    return parse
 
 
 def fields(texts: Sequence[str] | None, option: str, value: str = "WORD") -> dict[str, str] | None:
@@ -77,7 +82,7 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device: auto, cpu, 
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        parser=_parse_batch_size,
+        parser=auto_or("a positive number of words"),
         metavar="WORDS",
         help="Genes of all cells in one batch; fewer need less memory.",
     ),

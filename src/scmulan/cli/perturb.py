@@ -1,9 +1,10 @@
-"""``scmulan perturb``."""
+"""``scmulan perturb``: predict cell types with genes at another level."""
 
 from typing import Annotated
 
 import typer
 
+from scmulan._text import format_fields
 from scmulan.cli import console, options
 
 
@@ -15,7 +16,7 @@ def perturb(
         typer.Option(
             metavar="GENE=LEVEL",
             show_default=False,
-            help="0: silent; 10: as high as the cell's highest gene; may be given again.",
+            help="Level of a gene: 0 is silent, 10 as high as the cell's highest gene; may be given again.",
         ),
     ],
     model: options.Model = "mini",
@@ -28,17 +29,20 @@ def perturb(
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
-    """Perturb cells: read each again with a gene silent (or high), and compare.
+    """Predict cell types again with a gene silent (or high), and compare.
 
     The output is a copy of the input with scmulan_perturbed, …_cell_type, …_probability, …_probability_before and
-    …_shift in obs. No other gene is changed: this tells what a gene says about a cell, not what a living cell would do.
+    …_shift in obs. No other gene is changed: the result tells what a gene means to the model, not what a living cell
+    would do.
+
+    The same command continues an interrupted job.
     """
     from scmulan.tl._files import ReadOptions, perturb_file
 
     account = perturb_file(
         cells,
         out,
-        _levels(gene),
+        _parse_levels(gene),
         model=model,
         reading=ReadOptions(
             layer=layer,
@@ -52,16 +56,16 @@ def perturb(
         progress=console.PROGRESS,
     )
     rows = {
-        **console.reading(account),
+        **console.describe_input(account),
         "changed": f"{account['changed']:,} cells, {account['other_type']:,} of them of another type now; "
         f"mean shift {account['mean_shift']}",
         "written": account["output"],
     }
     if account["rank"] == 0:
-        console.result(account, f"{console.heading(account)}\n{console.table(rows)}", as_json)
+        console.result(account, f"{console.describe_run(account)}\n{format_fields(rows)}", as_json)
 
 
-def _levels(texts: list[str]) -> dict[str, int]:
+def _parse_levels(texts: list[str]) -> dict[str, int]:
     levels = {}
     for text in texts:
         name, _, level = text.partition("=")
