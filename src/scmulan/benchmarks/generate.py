@@ -87,27 +87,27 @@ def _pass_seconds(model: LoadedModel, prompt: np.ndarray, rows: int, draft: int)
     return min(seconds[1:])
 
 
-def _release_seconds(model: LoadedModel, prompt: np.ndarray, words: int) -> float:
+def _release_seconds(model: LoadedModel, prompt: np.ndarray, n_tokens: int) -> float:
     """Measure the seconds of one token in the release's cached way, reading of the prompt not counted."""
     decoder = ReleaseDecoder(network=model.network, end=-1, cached=True)  # random weights do not know when to end
-    fastest = {1: float("inf"), 1 + words: float("inf")}
+    fastest = {1: float("inf"), 1 + n_tokens: float("inf")}
     for number in (*fastest, *fastest):
         start = time.perf_counter()
         decoder.generator = torch.Generator().manual_seed(0)
         decoder.generate(prompt.tolist(), [0] * len(prompt), number)
         fastest[number] = min(fastest[number], time.perf_counter() - start)
-    return (fastest[1 + words] - fastest[1]) / words
+    return (fastest[1 + n_tokens] - fastest[1]) / n_tokens
 
 
 def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[str, Any]:
     config = replace(PUBLISHED, layers=4) if quick else PUBLISHED
-    words, rows = (300, 16) if quick else (300, 64)
+    n_tokens, rows = (300, 16) if quick else (300, 64)
     model = _model(config, Vocabulary.published())
     genes = np.flatnonzero(model.vocabulary.is_gene)
-    prompt = np.append(np.random.default_rng(0).permutation(genes)[:words], model.vocabulary.prompts["generate"])
+    prompt = np.append(np.random.default_rng(0).permutation(genes)[:n_tokens], model.vocabulary.prompts["generate"])
     release = _release_seconds(model, prompt, 4 if quick else 12)
     alone = _pass_seconds(model, prompt, 1, 1)
-    word_by_word = _pass_seconds(model, prompt, rows, 1)
+    one_by_one = _pass_seconds(model, prompt, rows, 1)
     fastest_alone = 0.0
     best: dict[str, Any] = {"words_per_second": 0.0}
     speeds: dict[str, dict[str, float]] = {}
@@ -125,29 +125,29 @@ def _large(quick: bool, kept: dict[str, float], about: dict[str, Any]) -> dict[s
                 fastest_alone = max(fastest_alone, speed)
             if speed > best["words_per_second"]:
                 best = {"words_per_second": round(speed, 1), "precision": precision, "draft": draft}
-            if seconds > 4 * word_by_word * draft:
+            if seconds > 4 * one_by_one * draft:
                 break  # emulated: not worth the time
-    moved = weight_bytes(config, "fp32") + rows * words * kv_bytes_per_token(config, "fp32")
-    alone_moved = weight_bytes(config, "fp32") + words * kv_bytes_per_token(config, "fp32")
+    moved = weight_bytes(config, "fp32") + rows * n_tokens * kv_bytes_per_token(config, "fp32")
+    alone_moved = weight_bytes(config, "fp32") + n_tokens * kv_bytes_per_token(config, "fp32")
     # A copy reads and writes each byte; decoding reads.
     copy = about["copy_gb_per_second"] * 1e9
-    flops = rows * forward_flops_per_token(config, context=words)
+    flops = rows * forward_flops_per_token(config, context=n_tokens)
     return {
         "layers": config.layers,
-        "words": words,
+        "words": n_tokens,
         "rows": rows,
         "release_cached_words_per_second": round(1 / release, 2),
         "one_row_words_per_second": round(1 / alone, 2),
-        "batched_words_per_second": round(rows / word_by_word, 1),
-        "ratio_same_rule": round(rows / word_by_word * release, 2),
+        "batched_words_per_second": round(rows / one_by_one, 1),
+        "ratio_same_rule": round(rows / one_by_one * release, 2),
         "ratio_same_rule_fastest_precision": round(fastest_alone * release, 2),
         "ratio_best": round(best["words_per_second"] * release, 2),
         "precision": best["precision"],
         "draft": best["draft"],
         "words_per_second": speeds,
-        "bandwidth_share": round(moved / word_by_word / copy, 3),
+        "bandwidth_share": round(moved / one_by_one / copy, 3),
         "bandwidth_share_one_row": round(alone_moved / alone / copy, 3),
-        "share_of_ceiling_fp32": round(flops / word_by_word / (about["gemm_gflops"]["fp32"] * 1e9), 3),
+        "share_of_ceiling_fp32": round(flops / one_by_one / (about["gemm_gflops"]["fp32"] * 1e9), 3),
     }
 
 
@@ -166,12 +166,12 @@ def _mini(quick: bool) -> dict[str, Any]:
     model = scmulan.load("mini", device="cpu")
     v = model.vocabulary
     prompt = np.array([*v.metadata_ids(METADATA), v.prompts["generate"]])
-    rows, words = (16, 150) if quick else (64, 1550)
+    rows, max_tokens = (16, 150) if quick else (64, 1550)
     accepted: dict[str, float] = {}
     speeds: dict[str, float] = {}
     _decode(model, prompt, 2, DecodingConfig(max_tokens=20))  # compiles what is compiled
     for draft in (1, *DRAFT_LENGTHS):
-        speed, decoder, mean = _decode(model, prompt, rows, DecodingConfig(draft=draft, max_tokens=words))
+        speed, decoder, mean = _decode(model, prompt, rows, DecodingConfig(draft=draft, max_tokens=max_tokens))
         accepted[str(draft)] = round(decoder.stats.tokens_per_pass, 2)
         speeds[str(draft)] = round(speed, 1)
     best: dict[str, Any] = {"words_per_second": 0.0}
@@ -180,7 +180,7 @@ def _mini(quick: bool) -> dict[str, Any]:
             other = apply_precision(model, precision)  # type: ignore[arg-type]
         except ModelError:
             continue
-        speed, decoder, _ = _decode(other, prompt, rows, DecodingConfig(max_tokens=words))
+        speed, decoder, _ = _decode(other, prompt, rows, DecodingConfig(max_tokens=max_tokens))
         if speed > best["words_per_second"]:
             best = {"words_per_second": round(speed, 1), "precision": precision, "draft": decoder.draft_length.best()}
     # The release's network has neither set state nor spread of values: its way is timed without.
@@ -191,7 +191,7 @@ def _mini(quick: bool) -> dict[str, Any]:
     batched, _, _ = _decode(release_model, prompt, rows, same)
     return {
         "rows": rows,
-        "most_words": words,
+        "most_words": max_tokens,
         "mean_words": mean,
         "release_cached_words_per_second": round(release, 1),
         "batched_words_per_second": round(batched, 1),

@@ -171,6 +171,9 @@ class CellDecoder:
         Passes between two looks at which rows have ended (default: 1 on a CPU, else :data:`PASSES_PER_CHECK`).
     """
 
+    accepts = staticmethod(is_accepted)
+    """The rule by which drafted tokens are kept."""
+
     def __init__(
         self,
         model: LoadedModel,
@@ -195,9 +198,6 @@ class CellDecoder:
         self.draft_model = DraftModel(self.network)
         self.n_candidates = n_candidates
         self.passes_per_check = passes_per_check or (1 if self.device.type == "cpu" else PASSES_PER_CHECK)
-
-    accepts = staticmethod(is_accepted)
-    """The rule by which drafted tokens are kept."""
 
     @property
     def device(self) -> torch.device:

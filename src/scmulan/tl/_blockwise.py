@@ -4,7 +4,7 @@ The way of the data::
 
     AnnData ── CellReader ──> gene tokens of a block ── work ──> arrays, one row per cell ── BlockStore ──> results
 
-Memory is bounded, an interrupted job continues where it was, and processes under ``torchrun`` share the blocks.
+Memory is bounded, an interrupted job continues where it was, and under ``torchrun`` each process does some blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
