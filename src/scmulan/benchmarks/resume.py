@@ -1,4 +1,4 @@
-"""What interrupts a run must not change it: real kills, and other numbers of processes, against an undisturbed run.
+"""Check that interruptions do not change a run: kills, and other numbers of processes, against an undisturbed run.
 
 Everything goes through the command line, as a cluster would do it.
 """
@@ -158,7 +158,7 @@ class Run:
 
 
 def kill_often(run: Run, kills: int, rng: random.Random) -> int:
-    """Kill a run so many times, then let it finish; how many kills met a half-written checkpoint."""
+    """Kill a run so many times, then let it finish; return how many kills met a half-written checkpoint."""
     met = 0
     for number in range(kills):
         process = run.start()
@@ -179,7 +179,7 @@ def kill_often(run: Run, kills: int, rng: random.Random) -> int:
 
 
 def change_ranks(run: Run, numbers: list[int], steps: int) -> None:
-    """Give each number of processes its share of the steps, ended by SIGTERM; the last one finishes."""
+    """Let each number of processes do a part of the steps, ended by SIGTERM; the last one finishes."""
     for i, number in enumerate(numbers[:-1], start=1):
         process = run.start(number)
         goal = i * steps // (len(numbers) + 1)
@@ -200,7 +200,7 @@ def _wait(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> bool:
 
 
 def largest_difference(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> float:
-    """Largest relative difference of a loss over all steps; infinite if the steps or their tasks are not the same."""
+    """Return the largest relative difference of a loss over all steps; infinite if steps or tasks are not the same."""
     if found.keys() != expected.keys() or any(found[s].keys() != expected[s].keys() for s in expected):
         return float("inf")
     return max(

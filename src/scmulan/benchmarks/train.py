@@ -1,4 +1,4 @@
-"""How much of the machine's matrix products training reaches, and what goes elsewhere.
+"""Fraction of the speed of the machine's matrix products that training reaches, and what takes the rest.
 
 Operations are those that the computation needs (:func:`scmulan.model.cost.batch_flops`); the ceiling is the best matrix
 product of the same run.
@@ -32,7 +32,7 @@ MINI = MulanConfig(
     layers=3, heads=4, width=128, set_state=True, value_spread=True, word_bias=True, bounded_genes=True, dropout=0.1
 )
 MINI_BATCHES = {"tasks": {"annotate": 0.66, "generate": 0.28, "locate": 0.06}, "max_positions": 1024}
-# The batch of recipes/scmulan-368m.toml, all of whose words are read.
+# The batch of recipes/scmulan-368m.toml, all of whose tokens are read.
 LARGE_CELLS = 408
 LARGE_BATCHES = BatchConfig(
     cells=LARGE_CELLS, generate_cells=LARGE_CELLS, tokens=10**9, max_prompt_genes=1550, min_prompt_genes=1550,
@@ -46,8 +46,8 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``share_of_ceiling_368m``, ``share_of_ceiling_mini`` (forward, backward and optimiser), ``padding`` (share of a
-        pool's words), ``optimizer_share`` (the larger one, of mini's steps and of a recipe's step at 368 M),
+        ``share_of_ceiling_368m``, ``share_of_ceiling_mini`` (forward, backward and optimiser), ``padding`` (fraction
+        of a pool's tokens), ``optimizer_share`` (the larger one, of mini's steps and of a recipe's step at 368 M),
         ``loss_memory_ratio``, the figures behind them, and ``profile`` of what falls short of its target.
     """
     about = machine(quick=quick)
@@ -118,7 +118,7 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
     flops = batch_flops(config, batch.tokens, sentences, len(batch.positions))
     _step(model, optimizer, batch, objective)
     took, update = min(_step(model, optimizer, batch, objective) for _ in range(2))
-    # One update serves all the words of a recipe's step.
+    # One update serves all the tokens of a recipe's step.
     full = typical_step(LARGE_BATCHES, "generate")
     whole = batch_flops(config, full.tokens, full.sentences, full.positions) / (flops / (took - update))
     figures = {
@@ -136,7 +136,7 @@ def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
 def _step(
     model: Mulan, optimizer: torch.optim.Optimizer, batch: Batch, objective: ObjectiveConfig
 ) -> tuple[float, float]:
-    """Seconds of a step, and of the optimiser in it (with clipping)."""
+    """Take a step; return its seconds, and those of the optimiser in it (with clipping)."""
     start = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
     entity, value = batch_loss(model, batch, objective)
@@ -149,7 +149,7 @@ def _step(
 
 
 def _profile(work: Any, top: int = 12) -> dict[str, float]:
-    """Share of the time of the operations that take most."""
+    """Fractions of the time of the operations that take most."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         work()
     events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -158,7 +158,7 @@ def _profile(work: Any, top: int = 12) -> dict[str, float]:
 
 
 def made_up_cells(cells: int = 1500, genes: int = 5000) -> tuple[Vocabulary, CellStore]:
-    """Cells with the lengths of real ones (lognormal, about 480 genes), whose genes mean nothing."""
+    """Make cells with the lengths of real ones (lognormal, about 480 genes), whose genes mean nothing."""
     rng = np.random.default_rng(0)
     words = {Family.FINE: 50, Family.COARSE: 20, Family.ORGAN: 9}
     vocabulary = Vocabulary.build(
@@ -181,19 +181,19 @@ def made_up_cells(cells: int = 1500, genes: int = 5000) -> tuple[Vocabulary, Cel
 
 
 def _loss_memory(form: str, quick: bool) -> int:
-    """Most bytes that a form of the loss takes at once, in a process of its own."""
+    """Measure the largest number of bytes that a form of the loss takes at once, in a process of its own."""
     code = f"from scmulan.benchmarks.train import loss_bytes; print(loss_bytes({form!r}, {2 if quick else 8}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def loss_bytes(form: str, sentences: int, words: int = 1550) -> int:
-    """Growth of this process' largest size by forward and backward of the published loss on given hidden states.
+    """Measure how far this process grows by forward and backward pass of the published loss on given hidden states.
 
     Parameters
     ----------
     form
-        ``"chunked"``: ours; ``"dense"``: targets, logits and values as tables of positions × words, as released.
+        ``"chunked"``: ours; ``"dense"``: targets, logits and values as tables of positions × tokens, as released.
     """
     config = MulanConfig(layers=1)
     model = Mulan(config)
@@ -201,22 +201,22 @@ def loss_bytes(form: str, sentences: int, words: int = 1550) -> int:
     hidden = torch.zeros(len(batch.positions), config.width, requires_grad=True)
     objective = ObjectiveConfig(name="published", value_weight=200.0)
     loss = dense_loss if form == "dense" else _chunked
-    loss(model, hidden[:64], replace_positions(batch, 64), objective).backward()  # whatever is made on first use
+    loss(model, hidden[:64], first_positions(batch, 64), objective).backward()  # whatever is made on first use
     model.zero_grad(set_to_none=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     loss(model, hidden, batch, objective).backward()
     return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
-    """Bytes from Linux' account of this process."""
+    """Read a size of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
 
 
-def replace_positions(batch: Batch, number: int) -> Batch:
-    """The first positions of a batch."""
+def first_positions(batch: Batch, number: int) -> Batch:
+    """Return a batch with its first positions only."""
     t = batch.targets
     targets = replace(t, row=t.row[:number], index=t.index[:number], weight=t.weight[:number])
     return replace(batch, positions=batch.positions[:number], targets=targets)
@@ -230,7 +230,7 @@ def _chunked(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: Object
 
 
 def dense_loss(model: Mulan, hidden: torch.Tensor, batch: Batch, objective: ObjectiveConfig) -> torch.Tensor:
-    """Published loss written with one table of positions × words for each of its parts."""
+    """Compute the published loss with one table of positions × tokens for each of its parts."""
     t = batch.targets
     target = (t.order[t.row] >= t.index[:, None]).float()
     entity = F.binary_cross_entropy_with_logits(model.entity_logits(hidden), target, reduction="none").mean(1)

@@ -16,7 +16,7 @@ from scmulan.model.network import Mulan, MulanConfig
 from scmulan.train.batches import Batch, BatchConfig
 from scmulan.train.config import ObjectiveConfig, Recipe
 from scmulan.train.export import model_config
-from scmulan.train.losses import Targets, chunk_rows
+from scmulan.train.losses import Targets, chunk_positions
 from scmulan.train.trainer import batch_loss
 from scmulan.vocab.tasks import TASKS
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
@@ -163,7 +163,7 @@ def activation_bytes(
     kept = config.layers * config.width * tokens * 4.0 + block if recompute else config.layers * block
     if config.set_state:
         kept += 9 * config.width * tokens * 4.0
-    loss = LOSS_TABLES * min(positions, chunk_rows(config.vocabulary, "cpu")) * config.vocabulary * 4.0
+    loss = LOSS_TABLES * min(positions, chunk_positions(config.vocabulary, "cpu")) * config.vocabulary * 4.0
     heads = 2 * config.vocabulary * config.width * 4.0 + 3 * positions * config.width * 4.0
     return round(kept + loss + heads)
 

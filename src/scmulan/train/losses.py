@@ -1,24 +1,20 @@
-"""What a position is asked for: the set of words not yet said.
+"""Losses of target positions: against the set of tokens that are still to come.
 
-Both objectives read the same table: ``place[b, v]`` is the place of word v in the target of sentence b (−1 where it
-is none), so the set still to be said before target t is ``place > t − 1``, and no positions × words target is ever
-kept. Heads, losses and their gradients are computed in chunks of positions (:mod:`scmulan.train.losses`), so memory
-does not grow with the number of positions.
+Both objectives read one table: ``order[b, v]`` is the index of token v in the target of sentence b (−1 where it is not
+in it), so the set still to come before target i is ``order >= i``, and no targets of positions × tokens are kept.
 
-* *published* (scMulan): vocabulary × mean binary cross-entropy of all words against the set, plus 200 × the mean
-  squared error of the value head over the words of the set.
-* *next_word*: cross-entropy against the uniform distribution over the set, which is the next word's log-likelihood
-  averaged over all orders of the set; the end word is a target only when nothing else is left. A true likelihood.
+* *published* (scMulan): vocabulary × mean binary cross-entropy of all tokens against the set, plus 200 × the mean
+  squared error of the value head over the tokens of the set.
+* *next_word*: cross-entropy against the uniform distribution over the set, which is the next token's log-likelihood
+  averaged over all orders of the set; the end token is a target only when nothing else is left. A true likelihood.
 
-Shape letters: N target positions, B sentences, W width, V vocabulary.
+Heads and losses are computed in chunks of positions, so memory does not grow with the number of positions. The gradient
+at the two heads is found while a chunk lies in the cache; the backward pass only scales it. Gradients are written out
+by hand: autograd per chunk took 15 % [11, 18] longer for a step of generation of the small model (paired runs), 2 %
+[0, 4] for its mix of tasks with bounded weights written out, and 49 MiB more at the published shape.
 
-Losses over positions × words that find their gradient on the way: one pass per chunk, nothing of it kept.
-
-Autograd would keep a dozen tables of positions × words, or compute them twice. Here a chunk's logits, their weights and
-the gradient at the two heads are made while the chunk lies in the cache; what is kept has the size of the heads and of
-the hidden states. The backward pass only scales it.
-
-Shape letters: n positions of a chunk, W width, V words, P pairs of a position and a word still to be said.
+Shape letters: N target positions, n those of a chunk, B sentences, W width, V vocabulary, P pairs of a position and a
+token still to come.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -32,10 +28,15 @@ from scmulan.model.network import Mulan
 
 Objective = Literal["published", "next_word"]
 
+CHUNK_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
+"""Entries of a chunk's table of positions × tokens: on a CPU it should stay in the cache."""
+MIN_CHUNK = 16
+"""Smallest number of positions of a chunk."""
+
 
 @dataclass(kw_only=True)
 class Targets:
-    """What is to be said at each of N positions.
+    """Targets of N positions of B sentences.
 
     Parameters
     ----------
@@ -48,17 +49,18 @@ class Targets:
     order
         int16 ``[B, V]``: index of each token in its sentence's target, −1 where it is not in it; the end is last.
     level
-        uint8 ``[B, V]``: value of each target word.
+        uint8 ``[B, V]``: level of each target token.
     end
-        Id of the end word.
+        Id of the end token.
     allowed
-        Bool ``[B, V]``: words that could have been said: of the families that the task asks for, and no genes that the
-        sentence's study did not measure; None for all. Only the next-word objective uses it.
+        Bool ``[B, V]``, or None for all: tokens that could come next, which are those of the families that the task
+        asks for, without genes that the sentence's study did not measure. Only the next-token loss uses it.
     satisfies
-        Bool ``[V, V]`` or None: ``satisfies[v, u]`` where saying u is right when v is the truth (a finer cell type).
-        Only the next-word objective uses it, at positions of ``labelled`` sentences.
+        Bool ``[V, V]``, or None: ``[v, u]`` where predicting u is right when v is the truth (a finer cell type). Only
+        the next-token loss uses it, at positions of ``labelled`` sentences.
     labelled
-        Bool ``[B]``: sentences whose target are labels: for ``satisfies``, and as only genes may have bounded weights.
+        Bool ``[B]``: sentences whose targets are labels, not genes: for ``satisfies``, and as only genes may have
+        bounded weights.
     """
 
     row: Tensor
@@ -87,35 +89,35 @@ def objective_loss(
     chunk: int | None = None,
     pairs: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Entity and value loss of target positions; the total is ``entity + value_weight × value``.
+    """Compute entity and value loss of target positions; the total is ``entity + value_weight × value``.
 
     Parameters
     ----------
     model
         Gives the two heads.
     hidden
-        ``[N, W]`` hidden states of the target positions.
+        ``[N, W]``: hidden states of the target positions.
     targets
-        What each of them is asked for.
+        What comes next at each of them.
     objective
         ``"published"`` or ``"next_word"``.
     value_weight
-        200 in the publication; 1 makes the next-word total a negative log-likelihood in nats.
+        200 in the publication; 1 makes the next-token total a negative log-likelihood in nats; 0 leaves values out.
     chunk
         Positions per chunk; by default as many as the cache holds.
     pairs
-        Pairs of position and word over which the published value loss is a mean (see :func:`value_pairs`): those of
-        all parts, where a batch is shared out; by default those of these targets.
+        Number of pairs over which the published value loss is a mean (see :func:`value_pairs`): that of all parts,
+        where a batch is cut into parts; by default that of these targets.
 
     Returns
     -------
-    tuple of Tensor
-        Entity loss and (unweighted) value loss, scalars; their gradient can be asked for in that sum only.
+    entity, value : Tensor
+        Scalars, the value loss not weighted; only the gradient of the total can be taken.
     """
     work = Work(
         model=model,
         targets=targets,
-        lists=Lists.of(targets.order, targets.end),
+        lists=TargetLists.of(targets),
         objective=objective,
         value_weight=value_weight,
         pairs=max(1.0, value_pairs(targets) if pairs is None else pairs),
@@ -128,51 +130,48 @@ def objective_loss(
 
 
 def value_pairs(targets: Targets) -> float:
-    """Pairs of position and word still to be said: what the published value loss is a mean over."""
+    """Count the pairs of a position and a token still to come, over which the published value loss is a mean."""
     number = (targets.order >= 0).sum(1)[targets.row] - targets.index
     return float(number[targets.weight > 0].sum())
 
 
-# Entries of a chunk's table of positions × words: on a CPU it should stay in the cache.
-TABLE = {"cpu": 2**18, "cuda": 2**25}
-
-
-def chunk_rows(words: int, device: str) -> int:
-    """Positions per chunk."""
-    return max(16, TABLE.get(device, TABLE["cuda"]) // words)
+def chunk_positions(vocabulary: int, device: str) -> int:
+    """Return the number of positions per chunk."""
+    return max(MIN_CHUNK, CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"]) // vocabulary)
 
 
 @dataclass
-class Lists:
-    """Target words of each sentence in their order: ``flat[start[b] : start[b] + length[b]]``."""
+class TargetLists:
+    """Target tokens of each sentence in their order: ``flat[start[b] : start[b] + length[b]]``."""
 
     flat: Tensor
     start: Tensor
     length: Tensor
     ends: Tensor
+    """Bool ``[B]``: the last target token is the end token."""
 
     @classmethod
-    def of(cls, place: Tensor, end: int) -> "Lists":
-        """Lists from ``place`` ``[B, V]``; the end word, where a target has it, is its last."""
-        b, v = (place >= 0).nonzero(as_tuple=True)
-        length = torch.bincount(b, minlength=len(place))
+    def of(cls, targets: Targets) -> "TargetLists":
+        """Make the lists from ``order``."""
+        b, v = (targets.order >= 0).nonzero(as_tuple=True)
+        length = torch.bincount(b, minlength=len(targets.order))
         start = length.cumsum(0) - length
         flat = torch.empty_like(v)
-        flat[start[b] + place[b, v]] = v
+        flat[start[b] + targets.order[b, v]] = v
         ends = torch.zeros_like(length, dtype=torch.bool)
         some = length > 0
-        ends[some] = flat[(start + length - 1)[some]] == end
+        ends[some] = flat[(start + length - 1)[some]] == targets.end
         return cls(flat, start, length, ends)
 
     def pairs(self, first: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs (position, word) of ``number[n]`` words from place ``first[n]`` of ``flat`` on."""
+        """Return pairs (position, token) of ``number[n]`` tokens from ``flat[first[n]]`` on: int64 ``[P]`` each."""
         n = torch.repeat_interleave(torch.arange(len(number), device=number.device), number)
         offset = torch.arange(len(n), device=n.device) + (first - (number.cumsum(0) - number))[n]
         return n, self.flat[offset]
 
 
 class FusedLoss(torch.autograd.Function):
-    """Entity and value loss; see :func:`scmulan.train.losses.objective_loss`."""
+    """Entity and value loss, with a gradient found in the forward pass; see :func:`objective_loss`."""
 
     @staticmethod
     def forward(  # noqa: D102 (autograd's own interface)
@@ -190,9 +189,9 @@ class FusedLoss(torch.autograd.Function):
         entity = Head(at_hidden, 1.0, entity_weight, entity_bias)
         value = Head(at_hidden, work.value_weight, value_weight, value_bias) if work.value_weight else None
         scale = None if log_scale is None or value is None else torch.zeros_like(log_scale, dtype=wide)
-        step = _published if work.objective == "published" else _next_word
+        step = _published if work.objective == "published" else _next_token
         losses = [hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)]
-        rows = work.chunk or chunk_rows(len(entity_weight), hidden.device.type)
+        rows = work.chunk or chunk_positions(len(entity_weight), hidden.device.type)
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
             for i, loss in enumerate(step(work, part, hidden[part], entity, value, log_scale, scale)):
@@ -217,20 +216,20 @@ class FusedLoss(torch.autograd.Function):
 
 
 class Head:
-    """A linear head with the gradient at its weights, its bias and its input, as it adds up over chunks.
+    """Linear head, and the gradient at its weights, its bias and its input, summed over chunks.
 
     Parameters
     ----------
     hidden
-        Where the gradient ``[N, W]`` at the input is added, ``share`` times.
-    share
-        Of the head's loss in the total.
+        Gradient ``[N, W]`` at the input, to which that of this head is added, ``loss_weight`` times.
+    loss_weight
+        Weight of the head's loss in the total.
     weight, bias
         The head's own.
     """
 
-    def __init__(self, hidden: Tensor, share: float, weight: Tensor, bias: Tensor | None) -> None:
-        self.weights, self.biases, self.wide, self.share = weight, bias, hidden.dtype, share
+    def __init__(self, hidden: Tensor, loss_weight: float, weight: Tensor, bias: Tensor | None) -> None:
+        self.weights, self.biases, self.wide, self.loss_weight = weight, bias, hidden.dtype, loss_weight
         self.hidden = hidden
         self.weight = torch.zeros_like(weight, dtype=hidden.dtype)
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=hidden.dtype)
@@ -240,12 +239,12 @@ class Head:
         return F.linear(hidden, self.weights, self.biases).to(self.wide)
 
     def add(self, part: slice, hidden: Tensor, gradient: Tensor) -> None:
-        """Take in the gradient ``[n, V]`` at a chunk's outputs."""
+        """Add the gradient ``[n, V]`` at a chunk's outputs."""
         if gradient.dtype == self.weights.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            self.hidden[part].addmm_(gradient, self.weights, alpha=self.share)
+            self.hidden[part].addmm_(gradient, self.weights, alpha=self.loss_weight)
             self.weight.addmm_(gradient.T, hidden)
         else:
-            self.hidden[part].add_(gradient @ self.weights, alpha=self.share)
+            self.hidden[part].add_(gradient @ self.weights, alpha=self.loss_weight)
             self.weight += gradient.T @ hidden
         if self.bias is not None:
             self.bias += gradient.sum(0)
@@ -253,11 +252,11 @@ class Head:
 
 @dataclass
 class Work:
-    """What a loss is taken of."""
+    """Arguments of a loss that all chunks share."""
 
     model: Mulan
-    targets: "Targets"
-    lists: Lists
+    targets: Targets
+    lists: TargetLists
     objective: str
     value_weight: float
     pairs: float
@@ -268,8 +267,8 @@ def _published(
     work: Work, part: slice, hidden: Tensor, entity: Head, value: Head | None, log_scale: Tensor | None, _: Any
 ) -> tuple[Tensor, Tensor]:
     targets, lists = work.targets, work.lists
-    row, said, weight = targets.row[part], targets.index[part], targets.weight[part]
-    n, v = lists.pairs(lists.start[row] + said, lists.length[row] - said)
+    row, index, weight = targets.row[part], targets.index[part], targets.weight[part]
+    n, v = lists.pairs(lists.start[row] + index, lists.length[row] - index)
     logits = entity.outputs(hidden)
     # BCE with logits against a set is Σ softplus(z) − Σ_{in the set} z; V × its mean over V words is that sum.
     loss = (F.softplus(logits).sum(1) * weight).sum() - (logits[n, v] * weight[n]).sum()
@@ -278,14 +277,14 @@ def _published(
     entity.add(part, hidden, gradient)
     if value is None:
         return loss, loss.new_zeros(())
-    # A sentence without weight stands in for none, where a process has no share of a batch.
+    # A sentence without weight stands in for none, where a process has no part of a batch.
     error = (value.outputs(hidden)[n, v] - targets.level[row[n], v]) * (weight[n] > 0)
     gradient.zero_()[n, v] = error * (2 / work.pairs)
     value.add(part, hidden, gradient)
     return loss, error.square().sum() / work.pairs
 
 
-def _next_word(
+def _next_token(
     work: Work,
     part: slice,
     hidden: Tensor,
@@ -295,15 +294,15 @@ def _next_word(
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     targets, lists = work.targets, work.lists
-    row, said, weight = targets.row[part], targets.index[part], targets.weight[part]
-    left = lists.length[row] - said
+    row, index, weight = targets.row[part], targets.index[part], targets.weight[part]
+    left = lists.length[row] - index
     # The end is a target only when nothing else is left.
-    n, v = lists.pairs(lists.start[row] + said, left - (lists.ends[row] & (left > 1)).long())
+    n, v = lists.pairs(lists.start[row] + index, left - (lists.ends[row] & (left > 1)).long())
     number = torch.bincount(n, minlength=len(row))
-    share = (weight / number)[n].to(entity.wide)
+    pair_weight = (weight / number)[n].to(entity.wide)
     logits = entity.outputs(hidden)
-    # A word is said once, in decoding as here: without this the losses would not be those of a distribution over sets.
-    before = lists.pairs(lists.start[row], said)
+    # A token comes once, in decoding as here: without this the losses would not be those of a distribution over sets.
+    before = lists.pairs(lists.start[row], index)
     logits[before] = -torch.inf
     if targets.allowed is not None:
         logits.masked_fill_(~targets.allowed[row], -torch.inf)
@@ -311,36 +310,38 @@ def _next_word(
     if work.model.config.bounded_genes and targets.labelled is None:
         labels = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     if labels is False or bool(labels.all()):
-        loss, gradient = _softmax(targets, row, n, v, share, weight, logits)
+        loss, gradient = _softmax(targets, row, n, v, pair_weight, weight, logits)
     elif not bool(labels.any()):
-        loss, gradient = _bounded(targets.end, n, v, share, weight, logits)
+        loss, gradient = _bounded(targets.end, n, v, pair_weight, weight, logits)
     else:
-        loss, gradient = _mixed(targets, row, labels, n, v, share, weight, logits)
+        loss, gradient = _mixed(targets, row, labels, n, v, pair_weight, weight, logits)
     entity.add(part, hidden, gradient)
     if value is None:
         return loss, loss.new_zeros(())
     level = targets.level[row[n], v]
     gene = level > 0
-    n, v, share, level = n[gene], v[gene], share[gene], level[gene].to(share.dtype)
+    n, v, pair_weight, level = n[gene], v[gene], pair_weight[gene], level[gene].to(pair_weight.dtype)
     mean = value.outputs(hidden)[n, v]
     gradient.zero_()
     if log_scale is None:
         error = mean - level
-        gradient[n, v] = 2 * share * error
+        gradient[n, v] = 2 * pair_weight * error
         value.add(part, hidden, gradient)
-        return loss, (share * error.square()).sum()
-    log_probs, by_mean, by_scale = level_log_prob(mean, level, log_scale[v].to(share.dtype), work.model.config.levels)
-    gradient[n, v] = -share * by_mean
+        return loss, (pair_weight * error.square()).sum()
+    log_probs, by_mean, by_scale = level_log_prob(
+        mean, level, log_scale[v].to(pair_weight.dtype), work.model.config.levels
+    )
+    gradient[n, v] = -pair_weight * by_mean
     value.add(part, hidden, gradient)
     assert scale is not None
-    scale.index_add_(0, v, -share * by_scale)
-    return loss, -(share * log_probs).sum()
+    scale.index_add_(0, v, -pair_weight * by_scale)
+    return loss, -(pair_weight * log_probs).sum()
 
 
 def _softmax(
-    targets: "Targets", row: Tensor, n: Tensor, v: Tensor, share: Tensor, weight: Tensor, logits: Tensor
+    targets: Targets, row: Tensor, n: Tensor, v: Tensor, pair_weight: Tensor, weight: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient where a word competes with weight exp(z)."""
+    """Loss and gradient at the logits where a token competes with weight exp(z)."""
     total = logits.logsumexp(1, keepdim=True)
     log_probs = logits.sub_(total)
     picked = log_probs[n, v]
@@ -351,18 +352,20 @@ def _softmax(
             among = log_probs[n[finer]].masked_fill(~targets.satisfies[v[finer]], -torch.inf)
             sums = among.logsumexp(1)
             picked = picked.masked_scatter(finer, sums)
-            wanted = (among - sums[:, None]).exp_().mul_(share[finer][:, None])
+            wanted = (among - sums[:, None]).exp_().mul_(pair_weight[finer][:, None])
     gradient = log_probs.exp_().mul_(weight[:, None])
     if finer is not None and finer.any():
         gradient.index_add_(0, n[finer], wanted, alpha=-1)
-        gradient[n[~finer], v[~finer]] -= share[~finer]
+        gradient[n[~finer], v[~finer]] -= pair_weight[~finer]
     else:
-        gradient[n, v] -= share
-    return -(picked * share).sum(), gradient
+        gradient[n, v] -= pair_weight
+    return -(picked * pair_weight).sum(), gradient
 
 
-def _bounded(end: int, n: Tensor, v: Tensor, share: Tensor, weight: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient where a gene competes with weight σ(z), the end with exp(z)."""
+def _bounded(
+    end: int, n: Tensor, v: Tensor, pair_weight: Tensor, weight: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient at the logits where a gene competes with weight σ(z), the end with exp(z)."""
     ends, picked = logits[:, end].clone(), logits[n, v]
     chance = logits.sigmoid_()
     # exp(z) of the end may be large: all weights are taken relative to the larger of it and one.
@@ -371,34 +374,34 @@ def _bounded(end: int, n: Tensor, v: Tensor, share: Tensor, weight: Tensor, logi
     chance[:, end] = 0
     total = chance.sum(1) * (-top).exp() + own
     factor = weight.to(total.dtype) * (-top).exp() / total
-    # d log σ(z) = 1 − σ(z), so the gradient at z is (w σ / total − share) × (1 − σ).
+    # d log σ(z) = 1 − σ(z), so the gradient at z is (w σ / total − pair_weight) × (1 − σ).
     gradient = torch.ops.aten.sigmoid_backward(factor[:, None].expand_as(chance), chance)
     is_end = v == end
-    gradient[n, v] -= torch.where(is_end, 0, share * torch.sigmoid(-picked))
+    gradient[n, v] -= torch.where(is_end, 0, pair_weight * torch.sigmoid(-picked))
     gradient[:, end] = weight * own / total
-    gradient[n[is_end], end] -= share[is_end]
+    gradient[n[is_end], end] -= pair_weight[is_end]
     log_weight = torch.where(is_end, picked, F.logsigmoid(picked))
     log_total = total.log() + top
-    return -(share * log_weight).sum() + (weight * log_total).sum(), gradient
+    return -(pair_weight * log_weight).sum() + (weight * log_total).sum(), gradient
 
 
 def _mixed(
-    targets: "Targets",
+    targets: Targets,
     row: Tensor,
     labels: Tensor,
     n: Tensor,
     v: Tensor,
-    share: Tensor,
+    pair_weight: Tensor,
     weight: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Labels and cells in one chunk."""
+    """Loss and gradient at the logits of a chunk with labels and cells."""
     gradient = torch.empty_like(logits)
     total = logits.new_zeros(())
     for mine, bounded in ((labels, False), (~labels, True)):
         at = mine.cumsum(0) - 1
         keep = mine[n]
-        arguments = at[n[keep]], v[keep], share[keep], weight[mine], logits[mine]
+        arguments = at[n[keep]], v[keep], pair_weight[keep], weight[mine], logits[mine]
         found = _bounded(targets.end, *arguments) if bounded else _softmax(targets, row[mine], *arguments)
         total = total + found[0]
         gradient[mine] = found[1]
@@ -406,7 +409,7 @@ def _mixed(
 
 
 def level_log_prob(mean: Tensor, level: Tensor, log_scale: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each pair's own level, with its derivatives by mean and by the logarithm of the scale.
+    """Compute the log-probability of each pair's own level, and its derivatives by mean and by log scale, ``[P]`` each.
 
     The one bin of :meth:`scmulan.model.network.Mulan.level_log_probs` that is wanted: a logistic distribution cut
     at the half levels, the tails in the outer bins.
