@@ -43,7 +43,7 @@ def finetune(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of optimiser steps.", show_default=False)
     ] = None,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULTS.rate,
     validation_share: Annotated[
         float, typer.Option(help="Fraction of the labelled cells that is held out for validation.")
     ] = DEFAULTS.validation_share,

@@ -24,7 +24,7 @@ class FinetuneConfig:
     """Largest number of passes over the labelled cells; by default 20, but at least 200 and at most 3,000 steps."""
     steps: Annotated[int, Meta(ge=1)] | None = None
     """Largest number of optimiser steps, instead of ``epochs``."""
-    rate: Annotated[float, Meta(gt=0)] = 1e-3
+    rate: Annotated[float, Meta(gt=0)] = 5e-4
     """Highest learning rate."""
     validation_share: Annotated[float, Meta(gt=0, le=0.5)] = 0.1
     """Fraction of the labelled cells that is held out; at most about 500 cells are."""
