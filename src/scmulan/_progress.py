@@ -32,5 +32,8 @@ class Progress:
         """
         yield lambda finished: None
 
+    def note(self, figures: str) -> None:
+        """Show figures beside the open bar, such as the loss."""
+
 
 SILENT = Progress()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmulan.data.memory import CellStore
-from scmulan.data.sampling import BalancedSampler, SamplerState, WindowShuffle
+from scmulan.data.sampling import BalancedSampler, WindowShuffle
 from scmulan.vocab.vocabulary import METADATA, Family
 
 
@@ -52,11 +52,6 @@ def test_a_window_holds_whole_blocks_from_everywhere():
         assert (number == 16).all() and len(blocks) == 32
         assert np.diff(blocks).max() > 1
     assert windows.size(len(windows) - 1) == len(windows.cells(0, len(windows) - 1)) < 1024
-
-
-def test_a_state_is_four_integers():
-    state = SamplerState(seed=5, epoch=1, step=7, cells=100)
-    assert state.to_json() == {"seed": 5, "epoch": 1, "step": 7, "cells": 100}
 
 
 STUDY = np.repeat([0, 1], [300, 100])

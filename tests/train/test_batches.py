@@ -471,13 +471,6 @@ def test_a_task_has_its_share_of_an_epoch(store, vocabulary):
     assert number["annotate"] / (20 * len(store)) == pytest.approx(0.3 * labelled, abs=0.04)
 
 
-def test_a_state_is_four_integers(store, vocabulary):
-    weighted, epoch = (make(store, vocabulary, 7, order=order) for order in ("weighted", "epoch"))
-    assert weighted.state(100).to_json() == {"seed": 7, "epoch": 0, "step": 100, "cells": 60}
-    steps = epoch.epoch_steps
-    assert epoch.state(2 * steps + 3).to_json() == {"seed": 7, "epoch": 2, "step": 3, "cells": 60}
-
-
 def test_cells_need_not_be_in_memory(store, vocabulary):
     class Elsewhere(Selection):
         """The same cells, read only through the protocol."""

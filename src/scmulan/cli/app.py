@@ -7,21 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import scmulan
-from scmulan.cli import (
-    annotate,
-    bench,
-    console,
-    corpus,
-    doctor,
-    embed,
-    evaluate,
-    finetune,
-    generate,
-    model,
-    perturb,
-    pretrain,
-    report,
-)
+from scmulan.cli import bench, cells, console, corpus, doctor, evaluate, model, report, train
 from scmulan.errors import ScmulanError
 
 PACKAGE = str(Path(scmulan.__file__).parent)
@@ -37,8 +23,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (annotate, embed, generate, perturb, report, finetune, pretrain):
-    app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
+for command in (
+    cells.annotate, cells.embed, cells.generate, cells.perturb, report.report, train.finetune, train.pretrain
+):  # fmt: skip
+    app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(model.app, name="model")
 app.add_typer(corpus.app, name="corpus")

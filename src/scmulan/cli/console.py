@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,18 @@ from scmulan._progress import Advance, Progress
 
 
 class ConsoleProgress(Progress):
-    """Progress on standard error: lines always, bars with speed and time left if it is a terminal."""
+    """Progress on standard error: a bar with speed and time left on a terminal, elsewhere a line now and then.
+
+    Parameters
+    ----------
+    every
+        Seconds between the lines where there is no terminal.
+    """
+
+    def __init__(self, every: float = 30.0) -> None:
+        self.every = every
+        self._figures = ""
+        self._bar: Any = None
 
     def log(self, line: str) -> None:
         """Print a line, above the bar if one is shown."""
@@ -23,16 +35,29 @@ class ConsoleProgress(Progress):
 
     @contextmanager
     def bar(self, total: int, unit: str = "cells") -> Iterator[Advance]:
-        """Show a bar while the context is open."""
+        """Show a bar, or write lines, while the context is open."""
         from tqdm import tqdm
 
         shown = sys.stderr.isatty()
-        with tqdm(total=total, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=not shown) as bar:
+        finished, written = 0, time.monotonic()
 
-            def advance(finished: int) -> None:
-                bar.update(finished)
+        def advance(number: int) -> None:
+            nonlocal finished, written
+            self._bar.update(number)
+            finished += number
+            if not shown and time.monotonic() - written >= self.every and finished < total:
+                written = time.monotonic()
+                self.log(f"{finished:,} of {total:,} {unit}{self._figures and ', '}{self._figures}")
 
+        with tqdm(total=total, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=not shown) as self._bar:
             yield advance
+        self._bar, self._figures = None, ""
+
+    def note(self, figures: str) -> None:
+        """Show figures beside the bar, or in the next line."""
+        self._figures = figures
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures)
 
 
 PROGRESS = ConsoleProgress()

@@ -8,7 +8,6 @@ Two ways, of which a recipe chooses one:
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -16,24 +15,6 @@ from scmulan.data.store import CellSource
 from scmulan.vocab.vocabulary import Family
 
 _BLOCKS, _WINDOW = 0, 1  # keys of the random streams
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplerState:
-    """Position of a run in the order of its cells: all that resuming needs."""
-
-    seed: int
-    """Seed of the order."""
-    epoch: int
-    """Number of complete epochs."""
-    step: int
-    """Number of batches read of the current epoch."""
-    cells: int
-    """Number of cells in an epoch, by which the state of another corpus is recognised."""
-
-    def to_json(self) -> dict[str, int]:
-        """Return the four integers by name."""
-        return asdict(self)
 
 
 class WindowShuffle:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from scmulan._rng import stream_keys
-from scmulan.data.sampling import SamplerState
 from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
 from scmulan.train.losses import Targets
@@ -178,11 +177,6 @@ class Batches:
     def epoch_steps(self) -> int:
         """Steps of an epoch; with order "weighted" there is no end, and this is 0."""
         return self.sampler.epoch_steps
-
-    def state(self, step: int) -> SamplerState:
-        """Return the four integers from which training continues with batch ``step``."""
-        epoch, step = divmod(step, self.epoch_steps) if self.epoch_steps else (0, step)
-        return SamplerState(seed=self.seed, epoch=epoch, step=step, cells=len(self.store))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return the batch of a step (0, 1, …), or one rank's rows of it, and begin to make the next in the background.

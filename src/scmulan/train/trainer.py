@@ -248,7 +248,9 @@ class Trainer:
                 recent.append(self.step())
                 advance(1)
                 if self._due(self.run_config.log_every):
-                    log.write(self._log_line(recent, time.monotonic() - started))
+                    line = self._log_line(recent, time.monotonic() - started)
+                    self.progress.note(" ".join(f"{name} {line[name]:.3f}" for name in line if "entity" in name))
+                    log.write(line)
                     recent, started = [], time.monotonic()
                 if self.validate is not None and self._due(self.run_config.validate_every):
                     before = time.monotonic()
