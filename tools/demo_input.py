@@ -12,7 +12,8 @@ import sys
 import scanpy
 from anndata import AnnData
 
-from scmulan._io.adata import check_output, write_h5ad
+from scmulan._io.adata import write_h5ad
+from scmulan._io.outputs import check_output
 from scmulan.errors import ScmulanError
 
 OBS_COLUMNS = ["bulk_labels", "n_genes", "n_counts", "percent_mito"]
