@@ -2,7 +2,7 @@
 
 project = "scmulan"
 author = "the scmulan developers"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "sphinx_book_theme"
 html_title = "scmulan"
 exclude_patterns = ["_build"]

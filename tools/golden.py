@@ -145,36 +145,68 @@ def results_of_json(text: str, *, without: tuple[str, ...] = ()) -> dict[str, st
     return found
 
 
-def annotate(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def annotate(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Annotate by every rule; perturb; smooth."""
     for rule in ("default", "stepwise", "release"):
         # Once before it counts: a process that compiles the loops may round otherwise than those that load them.
-        scmulan(room, "annotate", cells[-1], "-o", room / f"first-{rule}.h5ad", "--rule", rule, "--precision", "fp32")
+        scmulan(
+            work,
+            "annotate",
+            cells[-1],
+            "-o",
+            work / f"first-{rule}.h5ad",
+            "--rule",
+            rule,
+            "--precision",
+            "fp32",
+        )
     for path in cells:
         for rule in ("default", "stepwise", "release"):
-            out = room / f"annotated-{rule}.h5ad"
+            out = work / f"annotated-{rule}.h5ad"
             extra = ["--smooth"] if rule == "default" else []
             scmulan(
-                room, "annotate", path, "-o", out, "--rule", rule, "--embed", *extra, "--precision", "fp32", "--force"
+                work,
+                "annotate",
+                path,
+                "-o",
+                out,
+                "--rule",
+                rule,
+                "--embed",
+                *extra,
+                "--precision",
+                "fp32",
+                "--force",
             )
             yield f"{path.stem}/{rule}", results_of_h5ad(out)
-        out = room / "perturbed.h5ad"
+        out = work / "perturbed.h5ad"
         scmulan(
-            room, "perturb", path, "-o", out, "--gene", "MS4A1=0", "--gene", "CD3D=9", "--precision", "fp32", "--force"
+            work,
+            "perturb",
+            path,
+            "-o",
+            out,
+            "--gene",
+            "MS4A1=0",
+            "--gene",
+            "CD3D=9",
+            "--precision",
+            "fp32",
+            "--force",
         )
         yield f"{path.stem}/perturbed", results_of_h5ad(out)
 
 
-def embed(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def embed(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Embed by both rules."""
     for path in cells:
         for rule in ("default", "release"):
-            out = room / f"embedded-{rule}.h5ad"
-            scmulan(room, "embed", path, "-o", out, "--rule", rule, "--precision", "fp32", "--force")
+            out = work / f"embedded-{rule}.h5ad"
+            scmulan(work, "embed", path, "-o", out, "--rule", rule, "--precision", "fp32", "--force")
             yield f"{path.stem}/{rule}", results_of_h5ad(out)
 
 
-def generate(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def generate(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Generate by every rule in the genes of each file, with drafts and without."""
     asked = ("Blood", "B cell"), ("Pancreas", "pancreatic A cell"), ("Breast", "macrophage")
     for path, (organ, kind) in zip(cells, asked, strict=True):
@@ -186,52 +218,55 @@ def generate(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str
             ("exact", 1, "mean"),
         ]
         for rule, draft, values in [*ways, ("release", "auto", "sample"), ("release", 4, "mean")]:
-            out = room / "generated.h5ad"
+            out = work / "generated.h5ad"
             options = ["--rule", rule, "--draft", draft, "--values", values, "--max-words", 200]
-            scmulan(room, "generate", "-o", out, *prompt, "-n", 8, *options, "--force")
+            scmulan(work, "generate", "-o", out, *prompt, "-n", 8, *options, "--force")
             yield f"{path.stem}/{rule}-{draft}-{values}", results_of_h5ad(out)
 
 
-def corpus(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def corpus(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Build a corpus, inspect and split it."""
-    shutil.rmtree(room / "corpus", ignore_errors=True)
-    scmulan(room, "corpus", "build", write_spec(cells, room), room / "corpus")
-    for path in sorted((room / "corpus").rglob("*.safetensors")):
-        yield str(path.relative_to(room)), results_of_weights(path)
-    yield "vocabulary", results_of_json((room / "corpus" / "vocabulary.json").read_text(encoding="utf-8"))
+    shutil.rmtree(work / "corpus", ignore_errors=True)
+    scmulan(work, "corpus", "build", write_spec(cells, work), work / "corpus")
+    for path in sorted((work / "corpus").rglob("*.safetensors")):
+        yield str(path.relative_to(work)), results_of_weights(path)
+    yield "vocabulary", results_of_json((work / "corpus" / "vocabulary.json").read_text(encoding="utf-8"))
     without = ("created", "seconds", "path", "bytes", "version", "sha256", "files", "inputs")
-    yield "inspect", results_of_json(scmulan(room, "corpus", "inspect", room / "corpus", "--json"), without=without)
-    (room / "split.toml").write_text('corpus = "corpus"\n[studies]\nvalidation = ["komen*"]\n', encoding="utf-8")
-    scmulan(room, "corpus", "split", room / "split.toml")
-    split = next(iter(sorted((room / "corpus").glob("split*.json"))), room / "split.json")
+    yield (
+        "inspect",
+        results_of_json(scmulan(work, "corpus", "inspect", work / "corpus", "--json"), without=without),
+    )
+    (work / "split.toml").write_text('corpus = "corpus"\n[studies]\nvalidation = ["komen*"]\n', encoding="utf-8")
+    scmulan(work, "corpus", "split", work / "split.toml")
+    split = next(iter(sorted((work / "corpus").glob("split*.json"))), work / "split.json")
     yield "split", results_of_json(split.read_text(encoding="utf-8"), without=without)
 
 
-def write_spec(cells: list[Path], room: Path) -> Path:
+def write_spec(cells: list[Path], work: Path) -> Path:
     """Write the text of a corpus of all files."""
-    path = room / "spec.toml"
+    path = work / "spec.toml"
     studies = "".join(f'[[study]]\nfile = "{cell}"\n' for cell in cells)
     path.write_text(f"genes = 3000\nshard_cells = 100\n{COLUMNS}{studies}", encoding="utf-8")
     return path
 
 
-def pretrain(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def pretrain(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Train fifty steps on files in memory, and fifty on a corpus."""
     studies = [f'[[data.study]]\nfile = "{cell}"\n' for cell in cells[:2]]
     columns = COLUMNS.replace("columns =", "[data]\ncolumns =").replace(', donor = "donor"', "")
     held_out = f'[validation]\n[[validation.study]]\nfile = "{cells[2]}"\n'
     memory = RECIPE + WEIGHTED + "[vocabulary]\ngenes = 2000\n" + columns + "".join(studies) + held_out
-    scmulan(room, "corpus", "build", write_spec(cells, room), room / "corpus-to-train", "--force")
-    (room / "split-to-train.toml").write_text(
+    scmulan(work, "corpus", "build", write_spec(cells, work), work / "corpus-to-train", "--force")
+    (work / "split-to-train.toml").write_text(
         'corpus = "corpus-to-train"\n[donors]\nvalidation = ["*1*"]\n', encoding="utf-8"
     )
-    scmulan(room, "corpus", "split", room / "split-to-train.toml")
-    disk = RECIPE + EPOCHS + f'[data]\ncorpus = "{room / "corpus-to-train"}"\n'
+    scmulan(work, "corpus", "split", work / "split-to-train.toml")
+    disk = RECIPE + EPOCHS + f'[data]\ncorpus = "{work / "corpus-to-train"}"\n'
     for name, recipe in (("memory", memory), ("corpus", disk)):
-        path, out = room / f"{name}.toml", room / f"run-{name}"
+        path, out = work / f"{name}.toml", work / f"run-{name}"
         path.write_text(recipe, encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
-        scmulan(room, "pretrain", path, "--out", out)
+        scmulan(work, "pretrain", path, "--out", out)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         timed = ("words_per_second", "cells_per_second", "mfu", "seconds", "time")
         yield f"{name}/log", results_of_json(json.dumps([json.loads(line) for line in log]), without=timed)
@@ -239,28 +274,28 @@ def pretrain(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str
         yield f"{name}/weights", results_of_weights(weights[0])
 
 
-def finetune(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def finetune(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Fine-tune the packaged model on the labels of a file."""
-    out = room / "fine-tuned"
+    out = work / "fine-tuned"
     options = ["--steps", 20, "--rate", "5e-4", "--seed", 2, "--validation-share", 0.2, "--force"]
     shutil.rmtree(out, ignore_errors=True)
-    scmulan(room, "finetune", "mini", cells[0], "--labels", "label", "-o", out, *options)
+    scmulan(work, "finetune", "mini", cells[0], "--labels", "label", "-o", out, *options)
     yield "weights", results_of_weights(out / "model.safetensors")
     yield "vocabulary", results_of_json((out / "vocabulary.json").read_text(encoding="utf-8"))
 
 
-def evaluate(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def evaluate(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Evaluate annotation beside its baseline, and generation."""
     data, train = ["--data", cells[0]], ["--train", cells[1], "--train", cells[2], "--train-labels", "label"]
-    text = scmulan(room, "evaluate", "annotation", *data, "--labels", "label", "--smooth", *train, "--json")
+    text = scmulan(work, "evaluate", "annotation", *data, "--labels", "label", "--smooth", *train, "--json")
     yield "annotation", results_of_json(text, without=("path", "seconds"))
-    text = scmulan(room, "evaluate", "generation", "--data", cells[0], "--labels", "label", "-n", 12, "--json")
+    text = scmulan(work, "evaluate", "generation", "--data", cells[0], "--labels", "label", "-n", 12, "--json")
     yield "generation", results_of_json(text, without=("path", "seconds"))
 
 
 API = """
 import sys, anndata as ad, scmulan
-room, *paths = sys.argv[1:]
+work, *paths = sys.argv[1:]
 model = scmulan.load("mini", device="cpu")
 for i, path in enumerate(paths):
     adata = ad.read_h5ad(path)
@@ -269,25 +304,25 @@ for i, path in enumerate(paths):
     scmulan.tl.smooth(adata)
     scmulan.tl.perturb(adata, model, {"CD3D": 0}, precision="fp32")
     del adata.uns
-    adata.write_h5ad(f"{room}/api-{i}.h5ad")
+    adata.write_h5ad(f"{work}/api-{i}.h5ad")
 for i, rule in enumerate(("default", "exact", "release")):
     made = scmulan.tl.generate(model, {"organ": "Blood", "cell_type": "B cell"}, n=10, seed=5, rule=rule, max_words=300)
     del made.uns
-    made.write_h5ad(f"{room}/api-{rule}.h5ad")
+    made.write_h5ad(f"{work}/api-{rule}.h5ad")
 """
 
 
-def api(cells: list[Path], room: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def api(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The verbs on AnnData in memory."""
-    run("-c", API, str(room), *map(str, cells), cwd=room)
-    for path in sorted(room.glob("api-*.h5ad")):
+    run("-c", API, str(work), *map(str, cells), cwd=work)
+    for path in sorted(work.glob("api-*.h5ad")):
         yield path.stem, results_of_h5ad(path)
 
 
 PARTS = {part.__name__: part for part in (annotate, embed, generate, corpus, pretrain, finetune, evaluate, api)}
 
 
-def some_cells(paths: list[Path], room: Path) -> list[Path]:
+def some_cells(paths: list[Path], work: Path) -> list[Path]:
     """Write a few cells of each file, spread evenly over it."""
     import anndata as ad
     import numpy as np
@@ -296,8 +331,8 @@ def some_cells(paths: list[Path], room: Path) -> list[Path]:
     for path in paths:
         adata = ad.read_h5ad(path)
         adata = adata[np.unique(np.linspace(0, adata.n_obs - 1, CELLS_PER_FILE).astype(int))].copy()
-        adata.write_h5ad(room / path.name)
-        written.append(room / path.name)
+        adata.write_h5ad(work / path.name)
+        written.append(work / path.name)
     return written
 
 
@@ -321,14 +356,16 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     compared, different = 0, []
     with tempfile.TemporaryDirectory(prefix="golden-") as name:
-        room = Path(name)
-        cells = some_cells([path.resolve() for path in sources], room)
+        work = Path(name)
+        cells = some_cells([path.resolve() for path in sources], work)
         for part in args.only:
             print(f"{part} …", file=sys.stderr, flush=True)
-            found = {f"{part}/{k}/{what}": v for k, results in PARTS[part](cells, room) for what, v in results.items()}
+            found = {f"{part}/{k}/{what}": v for k, results in PARTS[part](cells, work) for what, v in results.items()}
             file = args.folder / f"{part}.json"
             # Texts name the folder of the moment.
-            found = {key.replace(str(room), "ROOM"): value.replace(str(room), "ROOM") for key, value in found.items()}
+            found = {
+                key.replace(str(work), "FOLDER"): value.replace(str(work), "FOLDER") for key, value in found.items()
+            }
             if args.action == "record":
                 file.write_text(json.dumps(found, indent=0, sort_keys=True), encoding="utf-8")
                 compared += len(found)

@@ -78,13 +78,13 @@ def stored() -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def imported(stored, tmp_path_factory) -> dict[str, Path]:
     """Model folder of each stored fixture, imported from a checkpoint file."""
-    room = tmp_path_factory.mktemp("release")
+    folder = tmp_path_factory.mktemp("release")
     folders = {}
     for name, path in stored.items():
         with np.load(path) as fixture:
             config = json.loads(str(fixture["config"]))
-        torch.save(release_checkpoint(**config), room / f"{name}.pt")
-        folders[name] = import_release(room / f"{name}.pt", room / name)
+        torch.save(release_checkpoint(**config), folder / f"{name}.pt")
+        folders[name] = import_release(folder / f"{name}.pt", folder / name)
     return folders
 
 

@@ -218,7 +218,7 @@ def test_parts_of_a_batch_add_up_to_it(vocabulary, store, network):
     for step in range(6):
         whole = batches.batch(step)
         for parts in (2, 3, 7):
-            shares = [whole.part(i, parts) for i in range(parts)]
+            shares = [whole.micro_batch(i, parts) for i in range(parts)]
             for name in ("next_word", "published"):
                 objective = ObjectiveConfig(name=name, value_weight=2.0)
                 pairs = sum(value_pairs(part.targets) for part in shares)

@@ -10,7 +10,6 @@ binning happen while batches are made.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import anndata as ad
 import numpy as np
@@ -21,7 +20,7 @@ from scmulan.data.readers import hash_input, matrix_of, open_study, resolve_colu
 from scmulan.data.spec import StudySpec
 from scmulan.data.store import CellSource
 from scmulan.vocab.genes import GeneMatch, GeneTable, match_genes
-from scmulan.vocab.matrix import ExpressionMatrix, choose_matrix, column_map
+from scmulan.vocab.matrix import ExpressionMatrix, MatrixKind, choose_matrix, column_map
 from scmulan.vocab.vocabulary import METADATA, Family, Vocabulary
 
 
@@ -175,7 +174,7 @@ def store_from_adata(
     *,
     name: str,
     layer: str | None = None,
-    matrix_kind: Literal["counts", "log1p"] | None = None,
+    matrix_kind: MatrixKind | None = None,
     min_genes: int = 20,
 ) -> tuple[CellStore, ExpressionMatrix, GeneMatch]:
     """Read all cells of an AnnData as one study.

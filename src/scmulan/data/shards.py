@@ -25,6 +25,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scmulan._numba import compiled
+from scmulan._rng import GOLDEN, mix
 from scmulan.errors import InputError
 from scmulan.vocab.vocabulary import METADATA
 
@@ -190,13 +191,9 @@ def content_hashes(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
 def _hash_cells(tokens, ends, out):
     k = 0
     for row in range(len(ends)):
-        h = np.uint64(0x9E3779B97F4A7C15)
+        h = GOLDEN
         while k < ends[row]:
-            # The finaliser of splitmix64, once per token (a uint32).
-            h ^= np.uint64(tokens[k])
-            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            h ^= h >> np.uint64(31)
+            h = mix(h ^ np.uint64(tokens[k]))  # once per token (a uint32)
             k += 1
         out[row] = h
 

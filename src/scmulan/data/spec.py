@@ -38,10 +38,10 @@ import pandas as pd
 
 from scmulan._settings import Meta, convert, nearest, read_toml
 from scmulan.errors import RecipeError, VocabularyError
+from scmulan.vocab.matrix import MatrixKind
 from scmulan.vocab.vocabulary import FIELD_NAMES, METADATA, Family, family_of_field
 
 DONOR = "donor"
-MatrixKind = Literal["counts", "log1p"]
 
 
 # -- the text -------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def as_model(model: LoadedModel | str | Path) -> LoadedModel:
 
 def model_name(model: LoadedModel) -> str:
     """Return the name of a model in results."""
-    return str(model.card.get("name", model.folder.name))
+    return model.name
 
 
 def trained_on(model: LoadedModel, path: str | Path) -> bool:

@@ -40,7 +40,7 @@ __all__ = ["IntegrationEvaluation", "evaluate_integration"]
 MIN_CELLS_PER_TYPE = 5  # in the sample: metrics of single cells say nothing
 MAX_NEIGHBOURS = 90  # largest number of neighbours that a metric of scib-metrics uses
 AGGREGATES = ("Bio conservation", "Batch correction", "Total")
-Rule = Literal["default", "release"]
+EmbeddingRule = Literal["default", "release"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ def evaluate_integration(
     labels: str,
     batch: str | None = None,
     mapping: str | Path | LabelMap | None = None,
-    rules: Sequence[Rule] = ("default", "release"),
+    rules: Sequence[EmbeddingRule] = ("default", "release"),
     max_cells: int = 1200,
     hvg: int = 2000,
     dimensions: int = 50,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scmulan._progress import Advance
 from scmulan.generate.noise import N_CANDIDATES, POSITIONS_PER_DRAW, NoiseBuffer
-from scmulan.generate.sampling import GumbelSampler, Rule, draw_number, pick_value
+from scmulan.generate.sampling import GumbelSampler, SamplingRule, draw_number, pick_value
 from scmulan.generate.speculative import MAX_DRAFT_LENGTH, DraftLength, DraftModel, DraftStats, is_accepted
 from scmulan.infer.batching import MAX_MEMORY_FRACTION, free_bytes, is_out_of_memory
 from scmulan.model.cost import kv_bytes_per_token
@@ -35,7 +35,7 @@ IDLE_FRACTION = 0.25
 class DecodingConfig:
     """How sentences are decoded."""
 
-    rule: Rule = "softmax"
+    rule: SamplingRule = "softmax"
     """Distribution of the next token, see :mod:`scmulan.generate.sampling`."""
     temperature: float = 1.0
     """Below 1, likely tokens are preferred."""

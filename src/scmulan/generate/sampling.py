@@ -28,14 +28,14 @@ from scmulan._numba import compiled
 from scmulan.generate.noise import Noise
 from scmulan.model.network import Mulan
 
-Rule = Literal["softmax", "set", "release"]
+SamplingRule = Literal["softmax", "set", "release"]
 MIN_WEIGHT = 1e-36
 """Weight of an impossible token: one can be drawn where all are impossible."""
 NOT_DRAFTED = 127
 """Draft position of tokens that are not in a draft: beyond any (int8)."""
 
 
-def log_weights(network: Mulan, logits: Tensor, rule: Rule, temperature: float, end: int) -> Tensor:
+def log_weights(network: Mulan, logits: Tensor, rule: SamplingRule, temperature: float, end: int) -> Tensor:
     """Compute the log-weight with which each token competes to be the next one.
 
     Parameters
@@ -136,7 +136,7 @@ class GumbelSampler:
         Whether the compiled loop walks through them.
     """
 
-    def __init__(self, network: Mulan, rule: Rule, temperature: float, *, genes: np.ndarray, end: int) -> None:
+    def __init__(self, network: Mulan, rule: SamplingRule, temperature: float, *, genes: np.ndarray, end: int) -> None:
         self.network, self.rule, self.temperature, self.end = network, rule, temperature, end
         device = network.device
         self.genes = torch.from_numpy(genes.astype(np.int64)).to(device)

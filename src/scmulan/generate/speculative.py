@@ -288,11 +288,6 @@ class DraftStats:
         """Tokens that one pass adds to a row."""
         return self.tokens / max(self.row_passes, 1)
 
-    @property
-    def acceptance(self) -> float:
-        """Probability that a drafted token is accepted, its predecessors being so."""
-        return self.accepted / max(self.verified, 1)
-
 
 class DraftLength:
     """Chooses the draft length with most tokens per second on this machine, measured while decoding.

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scmulan.errors import InputError
-from scmulan.infer.release_rule import Rule, annotate, decode, head_outputs
+from scmulan.infer.release_rule import ReleaseRule, annotate, decode, head_outputs
 from scmulan.model.cost import kv_bytes_per_token
 from scmulan.model.loading import LoadedModel, load_model
 from scmulan.vocab.binning import tokenize
@@ -200,7 +200,7 @@ def _compare_cells(loaded: LoadedModel, fixture: "Fixture", compare: "_Compariso
     logits, values = head_outputs(network, prompts, batch_size=batch_size)
     compare.close("entity_logits", logits, compare.token_name)
     compare.close("value_outputs", values, compare.token_name)
-    rules: tuple[tuple[Rule, str], ...] = (("release", ""), ("release_cache", "_kv"))
+    rules: tuple[tuple[ReleaseRule, str], ...] = (("release", ""), ("release_cache", "_kv"))
     for rule, suffix in rules:
         decoded = annotate(network, prompts, end=end, rule=rule, batch_size=batch_size)
         compare.exact(f"annotation_ids{suffix}", decoded.entity)

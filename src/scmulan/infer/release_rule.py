@@ -17,7 +17,7 @@ from scmulan.infer.batching import padded_tensors
 from scmulan.model.network import Mulan
 from scmulan.vocab.sentences import Sentences
 
-Rule = Literal["release", "release_cache"]
+ReleaseRule = Literal["release", "release_cache"]
 
 # Tokens that the release generates to annotate a cell.
 ANNOTATION_TOKENS = 3
@@ -42,7 +42,9 @@ class Decoded:
     embedding: np.ndarray
 
 
-def annotate(network: Mulan, prompts: Sentences, *, end: int, rule: Rule = "release", batch_size: int = 16) -> Decoded:
+def annotate(
+    network: Mulan, prompts: Sentences, *, end: int, rule: ReleaseRule = "release", batch_size: int = 16
+) -> Decoded:
     """Generate up to three tokens, as the release does to annotate and to embed.
 
     See :func:`decode` for the parameters; the embedding is published for the rule ``"release"``.
@@ -57,7 +59,7 @@ def decode(
     *,
     max_tokens: int,
     end: int,
-    rule: Rule = "release_cache",
+    rule: ReleaseRule = "release_cache",
     batch_size: int = 16,
 ) -> Decoded:
     """Decode greedily until the end token or ``max_tokens`` tokens.
@@ -113,7 +115,7 @@ def _batches(prompts: Sentences, batch_size: int) -> list[np.ndarray]:
 
 
 def _decode_batch(
-    network: Mulan, prompts: Sentences, max_tokens: int, end: int, rule: Rule
+    network: Mulan, prompts: Sentences, max_tokens: int, end: int, rule: ReleaseRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens and levels ``[rows, steps]``, padded with −1, and the embedding ``[rows, width]``."""
     entity, value, lengths = padded_tensors(prompts, network.device)

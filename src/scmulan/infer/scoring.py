@@ -58,7 +58,7 @@ def score_labels(
     coarse_ids, fine_ids = (model.vocabulary.ids(f) for f in (Family.COARSE, Family.FINE))
     coarse, fine = (np.zeros((len(prompts), len(ids)), dtype=np.float32) for ids in (coarse_ids, fine_ids))
     hidden = np.zeros((len(prompts), model.config.width), dtype=np.float32)
-    objective = model.card.get("objective", "published")
+    objective = model.objective
     network = model.network
 
     def work(rows: np.ndarray) -> None:

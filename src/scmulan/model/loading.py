@@ -50,6 +50,16 @@ class LoadedModel:
     weights_hash: str
     """sha256 of the weights file."""
 
+    @property
+    def name(self) -> str:
+        """Name on the card, else that of the folder."""
+        return str(self.card.get("name", self.folder.name))
+
+    @property
+    def objective(self) -> str:
+        """Objective of the training: that of the publication if the card says nothing."""
+        return str(self.card.get("objective", "published"))
+
 
 def load(name_or_path: str | Path = "mini", *, device: str = "auto") -> LoadedModel:
     """Load a model, ready to use; nothing is downloaded.

@@ -4,6 +4,6 @@ It is made from files alone: results are read out of AnnData, without torch or a
 ``report`` (jinja2, matplotlib, umap-learn) are imported when a page is written, not before.
 """
 
-from scmulan.report.page import write_report
+import lazy_loader
 
-__all__ = ["write_report"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

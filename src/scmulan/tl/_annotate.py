@@ -1,7 +1,7 @@
 """``scmulan.tl.annotate``: predict cell types with probabilities."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -29,9 +29,10 @@ from scmulan.infer.precision import Precision
 from scmulan.infer.scoring import score_labels
 from scmulan.model.loading import LoadedModel
 from scmulan.tl._block_store import BlockStore
-from scmulan.tl._blockwise import ReadOptions, Rule, run_blocks, zero_if_empty
+from scmulan.tl._blockwise import AnnotationRule, ReadOptions, run_blocks, zero_if_empty
 from scmulan.tl._record import ModelLike, add_columns, add_record, as_model, in_place_or_copy
 from scmulan.vocab.binning import GeneTokens
+from scmulan.vocab.matrix import MatrixKind
 from scmulan.vocab.ontology import Ontology
 from scmulan.vocab.sentences import Sentences
 from scmulan.vocab.vocabulary import Family
@@ -67,8 +68,8 @@ def annotate(
     model: ModelLike,
     *,
     layer: str | None = None,
-    matrix_kind: Literal["counts", "log1p"] | None = None,
-    rule: Rule = "default",
+    matrix_kind: MatrixKind | None = None,
+    rule: AnnotationRule = "default",
     threshold: float = 0.5,
     min_genes: int = 20,
     precision: Precision = "auto",
@@ -143,7 +144,7 @@ def annotate_cells(
     adata: ad.AnnData,
     model: LoadedModel,
     *,
-    rule: Rule = "default",
+    rule: AnnotationRule = "default",
     threshold: float = 0.5,
     reading: ReadOptions | None = None,
     keep_hidden: bool = False,

@@ -25,12 +25,12 @@ from scmulan.tl._block_store import BlockStore
 from scmulan.tl._record import provenance
 from scmulan.vocab.binning import GeneTokens, tokenize
 from scmulan.vocab.genes import match_genes
-from scmulan.vocab.matrix import choose_matrix
+from scmulan.vocab.matrix import MatrixKind, choose_matrix
 from scmulan.vocab.sentences import Sentences, gene_prompts
 from scmulan.vocab.tasks import ANNOTATE
 
-Rule = Literal["default", "stepwise", "release"]
-Work: TypeAlias = Callable[[LoadedModel, Sentences, GeneTokens, TokenBudget, Advance], dict[str, np.ndarray]]
+AnnotationRule = Literal["default", "stepwise", "release"]
+BlockFunction: TypeAlias = Callable[[LoadedModel, Sentences, GeneTokens, TokenBudget, Advance], dict[str, np.ndarray]]
 """Does one block: model, prompts, gene tokens, budget → arrays with one row per cell; calls the last for cells done."""
 
 BLOCK_FLOPS = {"cpu": 5e12, "cuda": 5e15, "mps": 1e14}
@@ -46,7 +46,7 @@ class ReadOptions:
 
     layer: str | None = None
     """Matrix to read: ``"X"``, ``"raw"`` or the name of a layer (default: found by looking)."""
-    matrix_kind: Literal["counts", "log1p"] | None = None
+    matrix_kind: MatrixKind | None = None
     """What the matrix holds (default: found by looking)."""
     min_genes: int = 20
     """Fewest genes of the model that the input must have."""
@@ -90,7 +90,7 @@ class CellReader:
         model: LoadedModel,
         *,
         layer: str | None = None,
-        matrix_kind: Literal["counts", "log1p"] | None = None,
+        matrix_kind: MatrixKind | None = None,
         min_genes: int = 20,
     ) -> None:
         self.model = model
@@ -173,10 +173,10 @@ class BlockResults:
 def run_blocks(
     adata: ad.AnnData,
     model: LoadedModel,
-    work: Work,
+    work: BlockFunction,
     options: ReadOptions,
     *,
-    rule: Rule = "default",
+    rule: AnnotationRule = "default",
     store: BlockStore | None = None,
     progress: Progress = SILENT,
 ) -> BlockResults:
@@ -244,7 +244,7 @@ def zero_if_empty(hidden: np.ndarray, tokens: GeneTokens) -> np.ndarray:
 
 
 def _known_precision(
-    model: LoadedModel, rule: Rule, precision: Precision, store: BlockStore, ranks: Ranks
+    model: LoadedModel, rule: AnnotationRule, precision: Precision, store: BlockStore, ranks: Ranks
 ) -> Precision:
     """Return the precision of the job, so far as it is known before any cell is read."""
     if precision != "auto":

@@ -17,6 +17,7 @@ from scmulan.tl._block_store import BlockStore
 from scmulan.tl._blockwise import ReadOptions, run_blocks, zero_if_empty
 from scmulan.tl._record import ModelLike, add_record, as_model, in_place_or_copy
 from scmulan.vocab.binning import GeneTokens
+from scmulan.vocab.matrix import MatrixKind
 from scmulan.vocab.sentences import Sentences
 
 
@@ -47,7 +48,7 @@ def embed(
     model: ModelLike,
     *,
     layer: str | None = None,
-    matrix_kind: Literal["counts", "log1p"] | None = None,
+    matrix_kind: MatrixKind | None = None,
     rule: Literal["default", "release"] = "default",
     min_genes: int = 20,
     precision: Precision = "auto",

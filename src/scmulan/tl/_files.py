@@ -21,7 +21,7 @@ from scmulan.errors import OutputError
 from scmulan.model.loading import LoadedModel, load
 from scmulan.tl._annotate import annotate_cells
 from scmulan.tl._block_store import BlockStore
-from scmulan.tl._blockwise import ReadOptions, Rule
+from scmulan.tl._blockwise import AnnotationRule, ReadOptions
 from scmulan.tl._embed import embed_cells
 from scmulan.tl._generate import generate
 from scmulan.tl._perturb import perturb_cells
@@ -41,7 +41,7 @@ def annotate_file(
     *,
     model: str | Path = "mini",
     table: PathLike | None = None,
-    rule: Rule = "default",
+    rule: AnnotationRule = "default",
     threshold: float = 0.5,
     embed: bool = False,
     smooth: bool = False,

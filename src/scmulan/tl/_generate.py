@@ -166,7 +166,7 @@ def _config(
             batch_size=batch_size or CPU_ROWS,
             **sampling,
         )
-    published = model.card.get("objective", "published") == "published"
+    published = model.objective == "published"
     by_objective: Literal["set", "softmax"] = "set" if published else "softmax"
     return DecodingConfig(
         rule="release" if rule == "release" else by_objective, draft=draft, batch_size=batch_size, **sampling

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -22,6 +22,7 @@ from scmulan.tl._blockwise import ReadOptions, run_blocks
 from scmulan.tl._record import ModelLike, add_columns, add_record, as_model, in_place_or_copy
 from scmulan.vocab.binning import GeneTokens
 from scmulan.vocab.gene_table import GeneTable
+from scmulan.vocab.matrix import MatrixKind
 from scmulan.vocab.sentences import Sentences, gene_prompts
 from scmulan.vocab.tasks import ANNOTATE
 from scmulan.vocab.vocabulary import Family
@@ -57,7 +58,7 @@ def perturb(
     genes: Mapping[str, int],
     *,
     layer: str | None = None,
-    matrix_kind: Literal["counts", "log1p"] | None = None,
+    matrix_kind: MatrixKind | None = None,
     min_genes: int = 20,
     precision: Precision = "auto",
     key_added: str | None = None,

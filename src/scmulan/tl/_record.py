@@ -28,7 +28,7 @@ def provenance(model: LoadedModel, verb: str, parameters: Mapping[str, Any], **a
     """
     return {
         "version": scmulan.__version__,
-        "model": str(model.card.get("name", model.folder.name)),
+        "model": model.name,
         "weights_hash": model.weights_hash,
         **account,
         "parameters": {verb: {k: "" if v is None else v for k, v in parameters.items()}},

@@ -15,11 +15,11 @@ from scmulan.data.store import CellSource
 from scmulan.errors import RecipeError
 from scmulan.train.losses import Targets
 from scmulan.train.sentence_kernels import (
-    Expression,
+    CellRows,
     Genes,
     Labels,
     RowPlan,
-    Sentences,
+    SentenceArrays,
     TaskTokens,
     write_sentences,
 )
@@ -80,15 +80,15 @@ class Batch:
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("entity", "value", "positions")}
         return replace(self, targets=self.targets.to(device), **tensors)
 
-    def part(self, part: int, parts: int) -> "Batch":
-        """Return every ``parts``-th sentence from number ``part`` on.
+    def micro_batch(self, index: int, number: int) -> "Batch":
+        """Return one of ``number`` micro-batches: every ``number``-th sentence from ``index`` on.
 
         Where there is none, the first one without weight, as all processes do the same work.
         """
-        if parts == 1:
+        if number == 1:
             return self
         n, width = self.entity.shape
-        rows = torch.arange(min(part, n), n, parts)
+        rows = torch.arange(min(index, n), n, number)
         empty = len(rows) == 0
         rows = rows if not empty else torch.zeros(1, dtype=torch.int64)
         new_row = torch.full((n,), -1)
@@ -273,9 +273,9 @@ class Batches:
             all_tokens=int(planned.lengths.sum()),
         )
 
-    def _expression(self, cells: np.ndarray) -> Expression:
+    def _expression(self, cells: np.ndarray) -> CellRows:
         rows = self.store.rows(cells)
-        return Expression(
+        return CellRows(
             rows.data,
             rows.indices,
             rows.indptr.astype(np.int64, copy=False),
@@ -284,8 +284,8 @@ class Batches:
         )
 
 
-def _empty_sentences(n: int, width: int, vocabulary: int, max_positions: int) -> Sentences:
-    return Sentences(
+def _empty_sentences(n: int, width: int, vocabulary: int, max_positions: int) -> SentenceArrays:
+    return SentenceArrays(
         entity=np.zeros((n, width), dtype=np.int64),
         value=np.zeros((n, width), dtype=np.int64),
         prompt_length=np.zeros(n, dtype=np.int64),

@@ -34,12 +34,12 @@ class Step:
     positions: int
 
 
-def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
+def estimate(recipe: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
     """Estimate the cost of a recipe's run.
 
     Parameters
     ----------
-    plan, base
+    recipe, base
         The recipe and its folder.
     world
         Number of processes that would share it.
@@ -52,40 +52,40 @@ def estimate(plan: Recipe, base: Path, world: int = 1) -> dict[str, Any]:
         step here, one process), ``hours`` (of ``world`` such processes) and ``cell_passes``. Sentences are taken to be
         as long as the recipe lets them be; where they are shorter, a run is faster.
     """
-    cells, vocabulary_size, genes = _sizes(plan, base)
-    config = model_config(plan, vocabulary_size)
-    steps = {task: typical_step(plan.batches, task) for task in plan.batches.tasks}
-    total_weight = sum(plan.batches.tasks.values())
-    mean = [(weight / total_weight, steps[task]) for task, weight in plan.batches.tasks.items()]
+    cells, vocabulary_size, genes = _sizes(recipe, base)
+    config = model_config(recipe, vocabulary_size)
+    steps = {task: typical_step(recipe.batches, task) for task in recipe.batches.tasks}
+    total_weight = sum(recipe.batches.tasks.values())
+    mean = [(weight / total_weight, steps[task]) for task, weight in recipe.batches.tasks.items()]
     flops = sum(w * batch_flops(config, s.tokens, s.sentences, s.positions) for w, s in mean)
-    if plan.run.recompute:
+    if recipe.run.recompute:
         flops *= 4 / 3
-    precision: str = plan.run.precision
+    precision: str = recipe.run.precision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = faster_precision(gemm_rates(config, device))
-    speed = measured_speed(config, plan.objective, precision, device)
+    speed = measured_speed(config, recipe.objective, precision, device)
     largest = max(steps.values(), key=lambda s: s.tokens + s.positions)
-    total = flops * plan.optimizer.steps
+    total = flops * recipe.optimizer.steps
     return {
         "cells": cells,
         "genes": genes,
         "parameters": count_parameters(config),
-        "steps": plan.optimizer.steps,
-        "cell_passes": round(plan.optimizer.steps * sum(w * s.sentences for w, s in mean)),
+        "steps": recipe.optimizer.steps,
+        "cell_passes": round(recipe.optimizer.steps * sum(w * s.sentences for w, s in mean)),
         "flops_per_step": flops,
         "flops_total": total,
         "processes": world,
-        "bytes_per_rank": bytes_per_rank(config, plan, largest, world, precision),
+        "bytes_per_rank": bytes_per_rank(config, recipe, largest, world, precision),
         "precision": precision,
         "flops_per_second": speed,
         "hours": total / speed / world / 3600,
     }
 
 
-def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
+def _sizes(recipe: Recipe, base: Path) -> tuple[int, int, int]:
     """Count cells, tokens of the vocabulary and genes, from manifests and obs columns alone."""
-    corpus = plan.corpus(base)
+    corpus = recipe.corpus(base)
     if corpus is not None:
         from scmulan.data.store import Corpus
 
@@ -93,16 +93,16 @@ def _sizes(plan: Recipe, base: Path) -> tuple[int, int, int]:
         return len(store), len(store.vocabulary), len(store.vocabulary.genes)
     cells = 0
     names: dict[Family, set[str]] = {family: set() for family in METADATA}
-    for spec in plan.studies(base):
+    for spec in recipe.studies(base):
         with open_study(spec) as adata:
             obs = adata.obs
         cells += len(obs)
         for family, column in spec.metadata(obs).items():
             names[family] |= set(column.unique()) - {""}
-    fixed = plan.fixed_vocabulary(base)
+    fixed = recipe.fixed_vocabulary(base)
     if fixed is not None:
         return cells, len(fixed), len(fixed.genes)
-    genes = plan.vocabulary.genes
+    genes = recipe.vocabulary.genes
     stand_in = Vocabulary.build([f"gene {i}" for i in range(genes)], {f: sorted(n) for f, n in names.items()})
     return cells, len(stand_in), genes
 
@@ -127,7 +127,7 @@ def typical_step(config: BatchConfig, task: str) -> Step:
     return Step(sentences=sentences, tokens=round(sentences * (length + 4)), positions=sentences * answer)
 
 
-def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, precision: str) -> dict[str, int]:
+def bytes_per_rank(config: MulanConfig, recipe: Recipe, step: Step, world: int, precision: str) -> dict[str, int]:
     """Estimate the memory of one process.
 
     Weights, gradients and AdamW's moments in fp32, and what is kept for the backward pass.
@@ -135,17 +135,17 @@ def bytes_per_rank(config: MulanConfig, plan: Recipe, step: Step, world: int, pr
     A running average of the weights counts as the optimiser's.
     """
     number = count_parameters(config)
-    parts = world if plan.run.parallel == "fsdp" else 1
+    parts = world if recipe.run.parallel == "fsdp" else 1
     block = 12 * config.width**2
     gathered = 4 * (block + number - config.layers * block) if parts > 1 else 0
-    fraction = 1 / (world * plan.run.accumulate)
+    fraction = 1 / (world * recipe.run.accumulate)
     return {
         "weights": 4 * number // parts + gathered,
         "gradients": 4 * number // parts,
-        "optimizer": (12 if plan.optimizer.ema_decay else 8) * number // parts,
+        "optimizer": (12 if recipe.optimizer.ema_decay else 8) * number // parts,
         "activations": activation_bytes(
             config, math.ceil(step.tokens * fraction), math.ceil(step.positions * fraction),
-            recompute=plan.run.recompute, precision=precision,
+            recompute=recipe.run.recompute, precision=precision,
         ),
     }  # fmt: skip
 

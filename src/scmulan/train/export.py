@@ -95,19 +95,19 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
         If ``out`` exists (without ``force``) or cannot be written.
     """
     run = Path(run)
-    plan, vocabulary = read_run(run)
+    recipe, vocabulary = read_run(run)
     folder = RunFolder(run)
     checkpoint = folder.newest()
     if checkpoint is None:
         raise InputError(f"{run}: holds no whole checkpoint yet; export it after the first one is written")
-    config = model_config(plan, len(vocabulary))
+    config = model_config(recipe, len(vocabulary))
     with torch.device("meta"):
         network = Mulan(config)
     network.to_empty(device="cpu")
-    weights = "average" if plan.optimizer.ema_decay else "model"
+    weights = "average" if recipe.optimizer.ema_decay else "model"
     read_tensors(checkpoint, {f"{weights}.{name}": p.detach() for name, p in network.named_parameters()})
     facts = read_facts(checkpoint)
-    card = training_card(run, plan, vocabulary, network.eval(), facts)
+    card = training_card(run, recipe, vocabulary, network.eval(), facts)
     target = save_model(out, network, vocabulary, card, dtype=torch.float16, force=force)
     return {
         "model": str(target),
@@ -127,13 +127,13 @@ def read_run(run: Path) -> tuple[Recipe, Vocabulary]:
     return recipe_from_json(raw, str(run / "recipe.json")), Vocabulary.load(run / "vocabulary.json")
 
 
-def model_config(plan: Recipe, vocabulary_size: int) -> MulanConfig:
+def model_config(recipe: Recipe, vocabulary_size: int) -> MulanConfig:
     """Return the shape of a recipe's network."""
-    return MulanConfig(vocabulary=vocabulary_size, **asdict(plan.model))
+    return MulanConfig(vocabulary=vocabulary_size, **asdict(recipe.model))
 
 
 def training_card(
-    run: Path, plan: Recipe, vocabulary: Vocabulary, network: Mulan, facts: Mapping[str, Any]
+    run: Path, recipe: Recipe, vocabulary: Vocabulary, network: Mulan, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make the card: what a user of the model has to know about how it was made."""
     log = [line for line in read_log(run / "log.jsonl") if line["step"] <= facts["step"]]
@@ -143,15 +143,15 @@ def training_card(
         last.update({k: v for k, v in line.items() if k != "validation"})
     groups = CellGroups.load(run / GROUPS) if (run / GROUPS).is_file() else None
     return {
-        "name": plan.name,
-        "description": plan.description,
+        "name": recipe.name,
+        "description": recipe.description,
         "made_by": f"scmulan {scmulan.__version__}, torch {torch.__version__}",
-        "objective": plan.objective.name,
-        "recipe": {k: v for k, v in plan.to_json().items() if k not in ("data", "validation")},
+        "objective": recipe.objective.name,
+        "recipe": {k: v for k, v in recipe.to_json().items() if k not in ("data", "validation")},
         **json.loads((run / DATA).read_text(encoding="utf-8")),
         "depth": fit_gene_counts(network, groups, vocabulary),
         "steps": facts["step"],
-        "steps_planned": plan.optimizer.steps,
+        "steps_planned": recipe.optimizer.steps,
         "words_read": facts["words"],
         "cells_read": facts["cells"],
         "flops": facts["flops"],

@@ -1,9 +1,10 @@
 """Fine-tuning: train a model further on somebody's own labelled cells."""
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def finetune(
         save_model(out, trainer.model, cells.vocabulary, card, dtype=torch.float16, force=force or out.is_dir())
     shutil.rmtree(folder.path)
     return {**report, "model": str(out)}
+
+
+# Completion and help() show the settings one by one.
+_SETTINGS = [
+    inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=setting.default, annotation=setting.type)
+    for setting in fields(FinetuneConfig)
+]
+_PARAMETERS = list(inspect.signature(finetune).parameters.values())
+finetune.__signature__ = inspect.Signature([*_PARAMETERS[:-1], *_SETTINGS])  # type: ignore[attr-defined]
 
 
 def _check_folder(out: Path, force: bool) -> None:
@@ -234,7 +244,7 @@ def _task_weights(store: CellStore) -> dict[str, float]:
 
 def _objective(parent: LoadedModel) -> ObjectiveConfig:
     """Objective of the parent; a model that does not say which it had follows the publication."""
-    if parent.card.get("objective", "published") == "published":
+    if parent.objective == "published":
         return ObjectiveConfig(name="published", value_weight=200.0)
     return ObjectiveConfig(task_weights={"annotate": 1.0, "generate": 0.3, "locate": 0.5})
 
@@ -329,7 +339,7 @@ def _card(
 ) -> dict[str, Any]:
     """What a user of the model has to know about how it was made; ``trainer`` holds the best weights."""
     network, store, vocabulary = trainer.model.eval(), cells.store, cells.vocabulary
-    parent_name = parent.card.get("name", parent.folder.name)
+    parent_name = parent.name
     checks = [line for line in read_log(trainer.log_path) if "validation" in line]
     return {
         "name": name,

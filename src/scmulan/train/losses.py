@@ -114,7 +114,7 @@ def objective_loss(
     entity, value : Tensor
         Scalars, the value loss not weighted; only the gradient of the total can be taken.
     """
-    work = Work(
+    context = LossContext(
         model=model,
         targets=targets,
         lists=TargetLists.of(targets),
@@ -125,7 +125,7 @@ def objective_loss(
     )
     values = model.value_head.weight, model.value_bias, None if objective == "published" else model.log_scale
     heads = model.entity_head.weight, model.entity_bias, *(values if value_weight else (None, None, None))
-    entity, value = FusedLoss.apply(hidden, *heads, work)
+    entity, value = FusedLoss.apply(hidden, *heads, context)
     return entity, value
 
 
@@ -182,22 +182,22 @@ class FusedLoss(torch.autograd.Function):
         value_weight: Tensor,
         value_bias: Tensor | None,
         log_scale: Tensor | None,
-        work: "Work",
+        context: "LossContext",
     ) -> tuple[Tensor, Tensor]:
         wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         at_hidden = torch.zeros_like(hidden, dtype=wide)
         entity = Head(at_hidden, 1.0, entity_weight, entity_bias)
-        value = Head(at_hidden, work.value_weight, value_weight, value_bias) if work.value_weight else None
+        value = Head(at_hidden, context.value_weight, value_weight, value_bias) if context.value_weight else None
         scale = None if log_scale is None or value is None else torch.zeros_like(log_scale, dtype=wide)
-        step = _published if work.objective == "published" else _next_token
+        step = _published if context.objective == "published" else _next_token
         losses = [hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)]
-        rows = work.chunk or chunk_positions(len(entity_weight), hidden.device.type)
+        rows = context.chunk or chunk_positions(len(entity_weight), hidden.device.type)
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            for i, loss in enumerate(step(work, part, hidden[part], entity, value, log_scale, scale)):
+            for i, loss in enumerate(step(context, part, hidden[part], entity, value, log_scale, scale)):
                 losses[i] += loss
         ctx.gradients = entity, value, scale
-        ctx.value_weight = work.value_weight
+        ctx.value_weight = context.value_weight
         return losses[0], losses[1]
 
     @staticmethod
@@ -207,11 +207,17 @@ class FusedLoss(torch.autograd.Function):
         if value is not None and not torch.isclose(value_grad, ctx.value_weight * entity_grad):
             raise ValueError("the two losses have to be added as entity + value_weight × value")
         # In place: these tables are as large as the hidden states.
-        hidden = entity.hidden.mul_(entity_grad)
-        found = [entity.weight.mul_(entity_grad), None if entity.bias is None else entity.bias.mul_(entity_grad)]
+        hidden = entity.grad_hidden.mul_(entity_grad)
+        found = [
+            entity.grad_weight.mul_(entity_grad),
+            None if entity.grad_bias is None else entity.grad_bias.mul_(entity_grad),
+        ]
         if value is None:
             return hidden, *found, None, None, None, None
-        found += [value.weight.mul_(value_grad), None if value.bias is None else value.bias.mul_(value_grad)]
+        found += [
+            value.grad_weight.mul_(value_grad),
+            None if value.grad_bias is None else value.grad_bias.mul_(value_grad),
+        ]
         return hidden, *found, None if scale is None else scale.mul_(value_grad), None
 
 
@@ -229,29 +235,29 @@ class Head:
     """
 
     def __init__(self, hidden: Tensor, loss_weight: float, weight: Tensor, bias: Tensor | None) -> None:
-        self.weights, self.biases, self.wide, self.loss_weight = weight, bias, hidden.dtype, loss_weight
-        self.hidden = hidden
-        self.weight = torch.zeros_like(weight, dtype=hidden.dtype)
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=hidden.dtype)
+        self.weight, self.bias, self.wide, self.loss_weight = weight, bias, hidden.dtype, loss_weight
+        self.grad_hidden = hidden
+        self.grad_weight = torch.zeros_like(weight, dtype=hidden.dtype)
+        self.grad_bias = None if bias is None else torch.zeros_like(bias, dtype=hidden.dtype)
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """``[n, W]`` → ``[n, V]``."""
-        return F.linear(hidden, self.weights, self.biases).to(self.wide)
+        return F.linear(hidden, self.weight, self.bias).to(self.wide)
 
     def add(self, part: slice, hidden: Tensor, gradient: Tensor) -> None:
         """Add the gradient ``[n, V]`` at a chunk's outputs."""
-        if gradient.dtype == self.weights.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            self.hidden[part].addmm_(gradient, self.weights, alpha=self.loss_weight)
-            self.weight.addmm_(gradient.T, hidden)
+        if gradient.dtype == self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            self.grad_hidden[part].addmm_(gradient, self.weight, alpha=self.loss_weight)
+            self.grad_weight.addmm_(gradient.T, hidden)
         else:
-            self.hidden[part].add_(gradient @ self.weights, alpha=self.loss_weight)
-            self.weight += gradient.T @ hidden
-        if self.bias is not None:
-            self.bias += gradient.sum(0)
+            self.grad_hidden[part].add_(gradient @ self.weight, alpha=self.loss_weight)
+            self.grad_weight += gradient.T @ hidden
+        if self.grad_bias is not None:
+            self.grad_bias += gradient.sum(0)
 
 
 @dataclass
-class Work:
+class LossContext:
     """Arguments of a loss that all chunks share."""
 
     model: Mulan
@@ -264,9 +270,15 @@ class Work:
 
 
 def _published(
-    work: Work, part: slice, hidden: Tensor, entity: Head, value: Head | None, log_scale: Tensor | None, _: Any
+    context: LossContext,
+    part: slice,
+    hidden: Tensor,
+    entity: Head,
+    value: Head | None,
+    log_scale: Tensor | None,
+    _: Any,
 ) -> tuple[Tensor, Tensor]:
-    targets, lists = work.targets, work.lists
+    targets, lists = context.targets, context.lists
     row, index, weight = targets.row[part], targets.index[part], targets.weight[part]
     n, v = lists.pairs(lists.start[row] + index, lists.length[row] - index)
     logits = entity.outputs(hidden)
@@ -279,13 +291,13 @@ def _published(
         return loss, loss.new_zeros(())
     # A sentence without weight stands in for none, where a process has no part of a batch.
     error = (value.outputs(hidden)[n, v] - targets.level[row[n], v]) * (weight[n] > 0)
-    gradient.zero_()[n, v] = error * (2 / work.pairs)
+    gradient.zero_()[n, v] = error * (2 / context.pairs)
     value.add(part, hidden, gradient)
-    return loss, error.square().sum() / work.pairs
+    return loss, error.square().sum() / context.pairs
 
 
 def _next_token(
-    work: Work,
+    context: LossContext,
     part: slice,
     hidden: Tensor,
     entity: Head,
@@ -293,7 +305,7 @@ def _next_token(
     log_scale: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    targets, lists = work.targets, work.lists
+    targets, lists = context.targets, context.lists
     row, index, weight = targets.row[part], targets.index[part], targets.weight[part]
     left = lists.length[row] - index
     # The end is a target only when nothing else is left.
@@ -306,8 +318,8 @@ def _next_token(
     logits[before] = -torch.inf
     if targets.allowed is not None:
         logits.masked_fill_(~targets.allowed[row], -torch.inf)
-    labels = work.model.config.bounded_genes and targets.labelled is not None and targets.labelled[row]
-    if work.model.config.bounded_genes and targets.labelled is None:
+    labels = context.model.config.bounded_genes and targets.labelled is not None and targets.labelled[row]
+    if context.model.config.bounded_genes and targets.labelled is None:
         labels = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     if labels is False or bool(labels.all()):
         loss, gradient = _softmax(targets, row, n, v, pair_weight, weight, logits)
@@ -329,7 +341,7 @@ def _next_token(
         value.add(part, hidden, gradient)
         return loss, (pair_weight * error.square()).sum()
     log_probs, by_mean, by_scale = level_log_prob(
-        mean, level, log_scale[v].to(pair_weight.dtype), work.model.config.levels
+        mean, level, log_scale[v].to(pair_weight.dtype), context.model.config.levels
     )
     gradient[n, v] = -pair_weight * by_mean
     value.add(part, hidden, gradient)

@@ -71,14 +71,14 @@ def pretrain(
         If the run folder is in use or cannot be written.
     """
     path = Path(recipe)
-    plan = read_recipe(path, changes)
+    settings = read_recipe(path, changes)
     if dry_run:
-        return {"model": None, "words": 0, **estimate(plan, path.parent, int(os.environ.get("WORLD_SIZE", 1)))}
-    run = Path(out) if out is not None else Path("runs") / plan.name
-    with training_ranks(plan.run.timeout_seconds) as ranks:
-        folder, data = _claim_and_read(plan, path.parent, run, ranks)
+        return {"model": None, "words": 0, **estimate(settings, path.parent, int(os.environ.get("WORLD_SIZE", 1)))}
+    run = Path(out) if out is not None else Path("runs") / settings.name
+    with training_ranks(settings.run.timeout_seconds) as ranks:
+        folder, data = _claim_and_read(settings, path.parent, run, ranks)
         try:
-            return _train(plan, data, folder, ranks, progress)
+            return _train(settings, data, folder, ranks, progress)
         finally:
             folder.release()
 
@@ -106,7 +106,7 @@ class TrainingData:
     manifest: list[dict[str, Any]]
 
 
-def _claim_and_read(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> tuple[RunFolder, TrainingData]:
+def _claim_and_read(recipe: Recipe, base: Path, out: Path, ranks: Ranks) -> tuple[RunFolder, TrainingData]:
     """Claim the run folder and read the cells.
 
     A folder that has a run is claimed first, so that one in use is refused before any cell is read; a new one is made
@@ -115,13 +115,18 @@ def _claim_and_read(plan: Recipe, base: Path, out: Path, ranks: Ranks) -> tuple[
 
     def claim() -> RunFolder:
         folder = RunFolder(out)
-        ranks.run_on_first(lambda: folder.claim(plan.to_json(), free=CHANGEABLE, complete=_with_defaults))
+        ranks.run_on_first(lambda: folder.claim(recipe.to_json(), free=CHANGEABLE, complete=_with_defaults))
         return folder
 
-    if ranks.broadcast((out / "recipe.json").is_file()):
-        return claim(), read_data(plan, base)
-    data = read_data(plan, base)
-    return claim(), data
+    if not ranks.broadcast((out / "recipe.json").is_file()):
+        data = read_data(recipe, base)
+        return claim(), data
+    folder = claim()
+    try:
+        return folder, read_data(recipe, base)
+    except BaseException:
+        folder.release()
+        raise
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
@@ -129,43 +134,43 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     return recipe_from_json(raw, "recipe.json").to_json()
 
 
-def read_data(plan: Recipe, base: Path) -> TrainingData:
+def read_data(recipe: Recipe, base: Path) -> TrainingData:
     """Read the cells that a recipe names: files into memory, or a corpus on disk with its own vocabulary and split.
 
     Parameters
     ----------
-    plan, base
+    recipe, base
         The recipe and its folder, where relative paths start.
     """
-    corpus = plan.corpus(base)
-    return _open_corpus(plan, base, corpus) if corpus is not None else _read_files(plan, base)
+    corpus = recipe.corpus(base)
+    return _open_corpus(recipe, base, corpus) if corpus is not None else _read_files(recipe, base)
 
 
-def _open_corpus(plan: Recipe, base: Path, path: Path) -> TrainingData:
+def _open_corpus(recipe: Recipe, base: Path, path: Path) -> TrainingData:
     from scmulan.data.split import select_part
     from scmulan.data.store import MANIFEST, Corpus
 
     corpus = Corpus(path)
-    fixed = plan.fixed_vocabulary(base)
+    fixed = recipe.fixed_vocabulary(base)
     if fixed is not None and fixed != corpus.vocabulary:
         raise RecipeError(
-            f"{path}: its words are not those of vocabulary.file ({plan.vocabulary.file}); build the corpus with "
+            f"{path}: its words are not those of vocabulary.file ({recipe.vocabulary.file}); build the corpus with "
             "that vocabulary, or leave the setting out"
         )
-    split = plan.corpus_split(base)
+    split = recipe.corpus_split(base)
     studies = [{k: v for k, v in study.items() if k != "path"} for study in corpus.manifest["studies"]]
     return TrainingData(
         vocabulary=corpus.vocabulary,
         train=select_part(corpus, "train", split),
-        validation=select_part(corpus, "validation", split) if plan.run.validate_every else None,
+        validation=select_part(corpus, "validation", split) if recipe.run.validate_every else None,
         manifest=[{"corpus": path.name, "sha256": sha256(path / MANIFEST)}, *studies],
     )
 
 
-def _read_files(plan: Recipe, base: Path) -> TrainingData:
-    studies = read_studies(plan.studies(base))
-    vocabulary = plan.fixed_vocabulary(base) or build_vocabulary(studies, plan.vocabulary.genes)
-    held_out = plan.validation_studies(base)
+def _read_files(recipe: Recipe, base: Path) -> TrainingData:
+    studies = read_studies(recipe.studies(base))
+    vocabulary = recipe.fixed_vocabulary(base) or build_vocabulary(studies, recipe.vocabulary.genes)
+    held_out = recipe.validation_studies(base)
     return TrainingData(
         vocabulary=vocabulary,
         train=build_store(studies, vocabulary),
@@ -177,23 +182,23 @@ def _read_files(plan: Recipe, base: Path) -> TrainingData:
 # -- train -----------------------------------------------------------------------------------------------------------
 
 
-def _train(plan: Recipe, data: TrainingData, folder: RunFolder, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+def _train(recipe: Recipe, data: TrainingData, folder: RunFolder, ranks: Ranks, progress: Progress) -> dict[str, Any]:
     """Train from the newest checkpoint or from counts, export, and report."""
-    vocabulary, ontology = data.vocabulary, plan.objective.ontology
+    vocabulary, ontology = data.vocabulary, recipe.objective.ontology
     ranks.run_on_first(lambda: save_data_facts(folder.path, data.manifest, data.train, vocabulary))
-    config = model_config(plan, len(vocabulary))
-    model = Mulan(config).initialise(plan.seed)
-    init_from_counts(model, data.train, vocabulary, plan.seed)
+    config = model_config(recipe, len(vocabulary))
+    model = Mulan(config).initialise(recipe.seed)
+    init_from_counts(model, data.train, vocabulary, recipe.seed)
     relations = label_relations(vocabulary) if ontology else np.eye(len(vocabulary), dtype=bool)
-    run, ceiling = _choose_precision(plan.run, model, folder, ranks)
+    run, ceiling = _choose_precision(recipe.run, model, folder, ranks)
     trainer = Trainer(
         model,
-        Batches(data.train, vocabulary, plan.batches, plan.seed, relations if ontology else None),
+        Batches(data.train, vocabulary, recipe.batches, recipe.seed, relations if ontology else None),
         folder,
-        objective=plan.objective,
-        optimizer=plan.optimizer,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
         run=run,
-        validate=_validation(plan, data, relations, ranks),
+        validate=_validation(recipe, data, relations, ranks),
         ranks=ranks,
         ceiling=ceiling,
         progress=progress,
@@ -207,20 +212,20 @@ def _train(plan: Recipe, data: TrainingData, folder: RunFolder, ranks: Ranks, pr
         "parameters": count_parameters(config),
         "cells": len(data.train),
         "genes": len(vocabulary.genes),
-        "steps": plan.optimizer.steps,
+        "steps": recipe.optimizer.steps,
         "words": trainer.tokens,
     }
 
 
 def _validation(
-    plan: Recipe, data: TrainingData, relations: np.ndarray, ranks: Ranks
+    recipe: Recipe, data: TrainingData, relations: np.ndarray, ranks: Ranks
 ) -> Callable[[Mulan], dict[str, float]] | None:
     held_out = data.validation
     if held_out is None:
         return None
     return lambda model: validate(
-        whole_network(model), held_out, data.vocabulary, relations, batches=plan.batches, objective=plan.objective,
-        max_cells=plan.run.validate_cells, seed=plan.seed, ranks=ranks,
+        whole_network(model), held_out, data.vocabulary, relations, batches=recipe.batches, objective=recipe.objective,
+        max_cells=recipe.run.validate_cells, seed=recipe.seed, ranks=ranks,
     )  # fmt: skip
 
 

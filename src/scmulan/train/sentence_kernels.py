@@ -17,7 +17,7 @@ ALL_GENES, RANDOM_PANEL = -1, -2
 """Values of ``panel`` that are no study: all genes are kept, or a random fraction of them."""
 
 
-class Expression(NamedTuple):
+class CellRows(NamedTuple):
     """Expression of n cells, in compressed rows of a cells × genes matrix."""
 
     data: np.ndarray
@@ -74,7 +74,7 @@ class TaskTokens(NamedTuple):
     """Target positions of a generated cell at which the loss is computed; 0 for all."""
 
 
-class Sentences(NamedTuple):
+class SentenceArrays(NamedTuple):
     """Arrays that are filled; n rows of at most T tokens, V tokens in the vocabulary, P loss positions a row."""
 
     entity: np.ndarray
@@ -103,13 +103,13 @@ def write_sentences(expression, genes, plan, labels, task, out):
 
     Parameters
     ----------
-    expression : Expression
+    expression : CellRows
     genes : Genes
     plan : RowPlan
     labels : Labels
         Changed in place.
     task : TaskTokens
-    out : Sentences
+    out : SentenceArrays
         Filled in place.
     """
     longest = 1

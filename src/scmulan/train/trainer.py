@@ -273,10 +273,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, self.config)
         batch = self.batches.batch(self.steps_done, self.ranks.rank, self.ranks.world)
-        parts = [batch.part(i, self.run_config.accumulate) for i in range(self.run_config.accumulate)]
-        metrics = self._metrics(batch, *self._backward(parts))
+        micro_batches = [batch.micro_batch(i, self.run_config.accumulate) for i in range(self.run_config.accumulate)]
+        metrics = self._metrics(batch, *self._backward(micro_batches))
         if not math.isfinite(metrics.entity + metrics.value + metrics.grad_norm):
-            self._report_divergence(metrics, parts)
+            self._report_divergence(metrics, micro_batches)
         self.optimizer.step()
         self.steps_done += 1
         if self.average:
@@ -286,24 +286,24 @@ class Trainer:
         self.flops += metrics.flops
         return metrics
 
-    def _backward(self, parts: Sequence[Batch]) -> tuple[float, float, float]:
-        """Compute and clip the gradient of a batch in parts; return this process' losses and the gradient's norm."""
-        weight = self.objective.task_weights.get(parts[0].task, 1.0)
+    def _backward(self, micro_batches: Sequence[Batch]) -> tuple[float, float, float]:
+        """Compute and clip the gradient over micro-batches; return this process' losses and the norm."""
+        weight = self.objective.task_weights.get(micro_batches[0].task, 1.0)
         pairs = 0.0
         if self.objective.name == "published":
-            (pairs,) = self.ranks.sum(sum(value_pairs(part.targets) for part in parts))
+            (pairs,) = self.ranks.sum(sum(value_pairs(micro_batch.targets) for micro_batch in micro_batches))
         self.optimizer.zero_grad(set_to_none=True)
         entity, value = 0.0, 0.0
-        for i, part in enumerate(parts):
-            with synchronised(self.loss, last=i == len(parts) - 1):
-                e, v = self._losses(part, self.ranks.rank * len(parts) + i, pairs)
+        for i, micro_batch in enumerate(micro_batches):
+            with synchronised(self.loss, last=i == len(micro_batches) - 1):
+                e, v = self._losses(micro_batch, self.ranks.rank * len(micro_batches) + i, pairs)
                 # Gradients are averaged over the processes, and each has its part of one global loss.
                 ((e + self.objective.value_weight * v) * weight * self.ranks.world).backward()
             entity, value = entity + e.item(), value + v.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         return entity, value, float(torch.as_tensor(whole(norm)))
 
-    def _losses(self, part: Batch, number: int, pairs: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, micro_batch: Batch, number: int, pairs: float) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.ranks.device
         bf16 = self.run_config.precision == "bf16"
         devices = [device] if device.type == "cuda" else []
@@ -313,7 +313,7 @@ class Trainer:
         ):
             # Dropout follows from the step and the part of the batch: a continued run repeats it.
             torch.manual_seed(self.batches.seed * 1_000_003 + self.steps_done + number * 7_919_000_003)
-            losses: tuple[torch.Tensor, torch.Tensor] = self.loss(part.to(device), pairs)
+            losses: tuple[torch.Tensor, torch.Tensor] = self.loss(micro_batch.to(device), pairs)
             return losses
 
     def _metrics(self, batch: Batch, entity: float, value: float, norm: float) -> StepMetrics:
@@ -379,10 +379,10 @@ class Trainer:
         }
         return line | ({"mfu": round(flops / self.ceiling, 4)} if self.ceiling else {})
 
-    def _report_divergence(self, metrics: StepMetrics, parts: Sequence[Batch]) -> None:
+    def _report_divergence(self, metrics: StepMetrics, micro_batches: Sequence[Batch]) -> None:
         """Write what led to a loss or gradient that is not finite, and raise; all processes have to call."""
         folder = self.folder.path / DIVERGED
-        self._save_divergence(folder, metrics, parts)
+        self._save_divergence(folder, metrics, micro_batches)
         loss = metrics.entity + self.objective.value_weight * metrics.value
         what = f"loss is {loss}"
         if math.isfinite(metrics.entity + metrics.value):
@@ -393,13 +393,17 @@ class Trainer:
             "and start again in another folder"
         )
 
-    def _save_divergence(self, folder: Path, metrics: StepMetrics, parts: Sequence[Batch]) -> None:
+    def _save_divergence(self, folder: Path, metrics: StepMetrics, micro_batches: Sequence[Batch]) -> None:
         """Write a checkpoint of before the step (never resumed from), each process' sentences, and a report."""
         folder.mkdir(exist_ok=True)
         sentences: dict[str, torch.Tensor] = {}
-        for i, part in enumerate(parts):
-            named = {"entity": part.entity, "value": part.value, "positions": part.positions}
-            named |= {"row": part.targets.row, "index": part.targets.index, "weight": part.targets.weight}
+        for i, micro_batch in enumerate(micro_batches):
+            named = {"entity": micro_batch.entity, "value": micro_batch.value, "positions": micro_batch.positions}
+            named |= {
+                "row": micro_batch.targets.row,
+                "index": micro_batch.targets.index,
+                "weight": micro_batch.targets.weight,
+            }
             sentences |= {f"{i}.{name}": tensor.contiguous() for name, tensor in named.items()}
         save_file(sentences, folder / f"sentences-{self.ranks.rank}.safetensors")
         not_finite: dict[str, list[str]] = {}

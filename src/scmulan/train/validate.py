@@ -188,7 +188,7 @@ class _Validation:
             batch = Batches(self.store, self.vocabulary, plain, self.seed).make(TASKS[name], chosen, rng)
             losses = [0.0, 0.0]
             if ranks.rank < len(batch.entity):
-                part = batch.part(ranks.rank, ranks.world).to(self.model.device)
+                part = batch.micro_batch(ranks.rank, ranks.world).to(self.model.device)
                 losses = [x.item() for x in batch_loss(self.model, part, objective)]
             entity, value = ranks.sum(*losses)
             figures[f"{name}.entity"] = entity
