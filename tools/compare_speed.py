@@ -49,7 +49,7 @@ def run(checkout: Path, name: str, options: list[str]) -> dict[str, Any]:
 
 
 def seconds(found: dict[str, Any], figure: str) -> float:
-    """Time of a figure, up to a factor."""
+    """Return the time of a figure, up to a factor."""
     value: Any = found
     for key in figure.removeprefix("/").split("."):
         value = value[key]
@@ -57,7 +57,7 @@ def seconds(found: dict[str, Any], figure: str) -> float:
 
 
 def main() -> None:
-    """Compare."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, help="checkout to compare with")
     parser.add_argument("names", nargs="+", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES))

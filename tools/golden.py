@@ -89,7 +89,7 @@ def scmulan(cwd: Path, *arguments: object) -> str:
 
 
 def digest(array) -> str:
-    """Hash of an array's type, shape and bytes; of text, that of its JSON."""
+    """Hash an array's type, shape and bytes; of text, its JSON."""
     import numpy as np
 
     array = np.asarray(array)
@@ -101,7 +101,7 @@ def digest(array) -> str:
 
 
 def results_of_h5ad(path: Path) -> dict[str, str]:
-    """Digest of each column, array and matrix of a file of cells."""
+    """Return a digest of each column, array and matrix of a file of cells."""
     import anndata as ad
     import scipy.sparse as sp
 
@@ -120,14 +120,14 @@ def results_of_h5ad(path: Path) -> dict[str, str]:
 
 
 def results_of_weights(path: Path) -> dict[str, str]:
-    """Digest of each tensor of a safetensors file."""
+    """Return a digest of each tensor of a safetensors file."""
     from safetensors.numpy import load_file
 
     return {name: digest(tensor) for name, tensor in load_file(path).items()}
 
 
 def results_of_json(text: str, *, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """Leaves of a JSON object, those under some keys left out: seconds, paths and hashes of files that hold these."""
+    """Return the leaves of a JSON object but for some keys: seconds, paths, and hashes of files that hold these."""
     found = {}
 
     def walk(value, path):
@@ -313,7 +313,7 @@ for i, rule in enumerate(("default", "exact", "release")):
 
 
 def api(cells: list[Path], work: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The verbs on AnnData in memory."""
+    """Run the verbs on AnnData in memory."""
     run("-c", API, str(work), *map(str, cells), cwd=work)
     for path in sorted(work.glob("api-*.h5ad")):
         yield path.stem, results_of_h5ad(path)

@@ -54,7 +54,7 @@ class Ranks:
         return self.rank == 0
 
     def owns(self, number: int) -> bool:
-        """Whether the piece of work of this number is this process's."""
+        """Return whether the piece of work of this number is this process's."""
         return number % self.world == self.rank
 
     def sum(self, *numbers: float) -> list[float]:

@@ -191,7 +191,7 @@ class _Converter:
 
 
 def _setting_names(cls: Any, path: str) -> Iterator[str]:
-    """Dotted names of all settings of a dataclass and of those within it."""
+    """Yield the dotted names of all settings of a dataclass and of those within it."""
     for name, kind in typing.get_type_hints(cls, include_extras=True).items():
         yield _join(path, name)
         plain, _ = _unwrap(kind)
@@ -204,7 +204,7 @@ def _join(path: str, key: str) -> str:
 
 
 def _unwrap(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Type without ``Annotated`` and ``| None``, and its annotations; other unions stay as they are."""
+    """Return a type without ``Annotated`` and ``| None``, and its annotations; other unions stay as they are."""
     annotations: tuple[Any, ...] = ()
     while True:
         if typing.get_origin(kind) is Annotated:
@@ -226,7 +226,7 @@ def _allows_none(kind: Any) -> bool:
 
 
 def _names(kind: Any) -> Collection[str]:
-    """Texts that a type allows, where it lists them."""
+    """Return the texts that a type allows, where it lists them."""
     plain, annotations = _unwrap(kind)
     if typing.get_origin(plain) is Literal:
         return [str(name) for name in typing.get_args(plain)]
@@ -234,7 +234,7 @@ def _names(kind: Any) -> Collection[str]:
 
 
 def _described(kind: Any) -> str:
-    """Words for what a type allows: ``a whole number of at least 1``."""
+    """Describe what a type allows: ``a whole number of at least 1``."""
     plain, annotations = _unwrap(kind)
     names = list(_names(kind))
     if names:

@@ -131,20 +131,20 @@ class Run:
             raise RuntimeError(f"a run that nothing disturbed failed: {errors.decode()[-2000:]}")
 
     def steps(self) -> int:
-        """Steps in the log."""
+        """Count the steps in the log."""
         log = self.out / "log.jsonl"
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def beyond(self, steps: int) -> bool:
-        """Whether more steps than these are done."""
+        """Return whether more steps than these are done."""
         return self.steps() > steps
 
     def writing(self) -> bool:
-        """Whether a checkpoint is half written."""
+        """Return whether a checkpoint is half written."""
         return any((self.out / "checkpoints").glob(".step-*.partial/*"))
 
     def losses(self) -> dict[int, dict[str, float]]:
-        """Losses and gradient of each step."""
+        """Return losses and gradient norm of each step."""
         names = ("entity", "value", "gradient")
         return {
             line["step"]: {k: v for k, v in line.items() if k.endswith(names)}
@@ -152,7 +152,7 @@ class Run:
         }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All tensors of the last checkpoint of a single process."""
+        """Return all tensors of the last checkpoint of a single process."""
         newest = max((self.out / "checkpoints").glob("step-*"))
         return load_file(newest / "shard-00001.safetensors")
 

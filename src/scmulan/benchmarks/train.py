@@ -72,7 +72,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
 
 
 def _mini(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
-    """Steps of the small model on cells of realistic lengths."""
+    """Time steps of the small model on cells of realistic lengths."""
     vocabulary, store = made_up_cells()
     config = replace(MINI, vocabulary=len(vocabulary))
     batches = Batches(store, vocabulary, BatchConfig(**MINI_BATCHES), 0)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def _some_of_each(steps: list[Batch], number: int) -> list[Batch]:
 
 
 def _large(quick: bool, ceiling: float) -> tuple[dict[str, Any], Any]:
-    """Steps of the published shape (of two blocks where it has to be quick) on few sentences of 300–600 words."""
+    """Time steps of the published shape (for ``quick``, two blocks of it) on few sentences of 300–600 tokens."""
     config = MulanConfig(layers=2 if quick else 24)
     sentences, words = (1, 300) if quick else (3, 512)
     objective = ObjectiveConfig(name="published", value_weight=200.0)
@@ -149,7 +149,7 @@ def _step(
 
 
 def _profile(work: Any, top: int = 12) -> dict[str, float]:
-    """Fractions of the time of the operations that take most."""
+    """Return the fractions of the time that the slowest operations take."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         work()
     events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)

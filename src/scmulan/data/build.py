@@ -203,7 +203,7 @@ class _Steps:
 
 
 class Survey(TypedDict):
-    """What a file holds."""
+    """Account of a file: its cells, genes, matrix, names and donors."""
 
     cells: int
     genes: int

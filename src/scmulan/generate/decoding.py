@@ -201,7 +201,7 @@ class CellDecoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return self.network.device
 
     @property

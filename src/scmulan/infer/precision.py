@@ -64,7 +64,7 @@ class HalfLinear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any floating-point ``[..., in]`` → bfloat16 ``[..., out]``."""
+        """Map any floating-point ``[..., in]`` to bfloat16 ``[..., out]``."""
         return F.linear(input.to(torch.bfloat16), self.weight, self.bias)
 
 
@@ -99,7 +99,7 @@ class Int8Linear(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any floating-point ``[..., in]`` → float32 ``[..., out]``."""
+        """Map any floating-point ``[..., in]`` to float32 ``[..., out]``."""
         rows = input.reshape(-1, self.in_features)
         largest = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         # Conversion cuts off: with half a step more it rounds.

@@ -244,6 +244,8 @@ def save_model(
 
     Raises
     ------
+    ModelError
+        If the vocabulary has another number of tokens than the network.
     OutputError
         If the folder exists (without ``force``) or cannot be written.
     """
@@ -260,7 +262,29 @@ def write_model(
     dtype: "torch.dtype | None" = None,
     force: bool = False,
 ) -> Path:
-    """Write a model folder from named weights (see :func:`save_model`), which need not be in memory (mmap)."""
+    """Write a model folder from named weights, which need not be in memory (mmap).
+
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    weights
+        Tensors by name.
+    folder, vocabulary, card, dtype, force
+        As in :func:`save_model`.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ModelError
+        If the vocabulary has another number of tokens than the network.
+    OutputError
+        If the folder exists (without ``force``) or cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

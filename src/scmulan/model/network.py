@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x_BTW: Tensor, cache: KVCache | None, layer: int, mask: Tensor | None) -> Tensor:
-        """``[B, T, W]`` → ``[B, T, W]``; with a cache, tokens of earlier calls are attended to as well."""
+        """Attend, ``[B, T, W]`` → ``[B, T, W]``; with a cache, to tokens of earlier calls as well."""
         B, T, W = x_BTW.shape
         qkv = self.qkv(x_BTW).view(B, T, 3, self.heads, W // self.heads)
         if cache is not None:
@@ -103,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, W))
 
     def forward_at(self, x_BTW: Tensor, index_B: Tensor) -> Tensor:
-        """``[B, T, W]`` → ``[B, W]``: attend from one position of each row only."""
+        """Attend from one position of each row only, ``[B, T, W]`` → ``[B, W]``."""
         B, T, W = x_BTW.shape
         x_BW = x_BTW[torch.arange(B, device=index_B.device), index_B]
         q = _some_outputs(self.qkv, x_BW, 0, W).view(B, self.heads, 1, -1)
@@ -134,12 +134,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTW: Tensor, cache: KVCache | None, layer: int, mask: Tensor | None) -> Tensor:
-        """``[B, T, W]`` → ``[B, T, W]``."""
+        """Apply the block, ``[B, T, W]`` → ``[B, T, W]``."""
         x_BTW = x_BTW + self.dropout(self.attention(self.norm_1(x_BTW), cache, layer, mask))
         return x_BTW + self.dropout(self._feed_forward(self.norm_2(x_BTW)))
 
     def forward_at(self, x_BTW: Tensor, index_B: Tensor) -> Tensor:
-        """``[B, T, W]`` → ``[B, W]``: the output at one position of each row, without computing the others."""
+        """Compute the output at one position of each row only, ``[B, T, W]`` → ``[B, W]``."""
         rows = torch.arange(len(index_B), device=index_B.device)
         x_BW = x_BTW[rows, index_B] + self.attention.forward_at(self.norm_1(x_BTW), index_B)
         return x_BW + self._feed_forward(self.norm_2(x_BW))
@@ -210,7 +210,7 @@ class Mulan(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.word.weight.device
 
     def initialise(self, seed: int) -> Self:

@@ -46,7 +46,7 @@ GENERATION_PARAMETERS = {
     "max_words": "Most words",
     "panel": "Genes allowed",
 }
-# Packages that only reports need: module → name in the registry.
+# Packages that only reports need: module → name on PyPI.
 PACKAGES = {"jinja2": "jinja2", "matplotlib": "matplotlib", "umap": "umap-learn"}
 
 

@@ -180,7 +180,7 @@ def run_blocks(
     store: BlockStore | None = None,
     progress: Progress = SILENT,
 ) -> BlockResults:
-    """Do all blocks that are not done yet, under ``torchrun`` this process's; each has all results afterwards.
+    """Run all blocks that are not done yet, under ``torchrun`` this process's; each has all results afterwards.
 
     Parameters
     ----------

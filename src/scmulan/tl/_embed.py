@@ -76,8 +76,8 @@ def embed(
 
     Raises
     ------
-    MatrixError, GeneError
-        If the input cannot be used; nothing is changed then.
+    MatrixError, GeneError, ModelError
+        If the input, the model or the precision cannot be used; nothing is changed then.
 
     Notes
     -----

@@ -128,13 +128,25 @@ def embed_file(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Copy a file of cells and add an embedding to the copy; parameters as in :func:`annotate_file`.
+    """Copy a file of cells and add an embedding to the copy.
+
+    Parameters
+    ----------
+    source, out, model, reading, device, force, progress
+        As in :func:`annotate_file`.
+    rule
+        As in :func:`scmulan.tl.embed`.
 
     Returns
     -------
     dict
         Account in plain types: ``input``, ``output``, ``cells``, ``model``, ``matrix``, ``genes``, ``obsm`` (the
         key), ``width``, ``seconds`` …
+
+    Raises
+    ------
+    ScmulanError
+        If anything cannot be used as given; then nothing is written.
     """
     reading = reading or ReadOptions()
     check_outputs(source, {out: CELLS}, force)
@@ -171,6 +183,11 @@ def perturb_file(
         Account in plain types: ``input``, ``output``, ``cells``, ``model``, ``matrix``, ``genes``, ``changed`` (cells
         of which a token changed), ``other_type`` (cells of another type than before), ``mean_shift`` (of changed
         cells), ``seconds`` …
+
+    Raises
+    ------
+    ScmulanError
+        If anything cannot be used as given; then nothing is written.
     """
     reading = reading or ReadOptions()
     check_outputs(source, {out: CELLS}, force)
@@ -220,6 +237,11 @@ def generate_file(
     dict
         Account in plain types: ``output``, ``cells``, ``genes``, ``model``, ``prompt``, ``words_per_cell`` (mean and
         standard deviation), ``complete`` (cells that ended by themselves), ``parameters``, ``seconds``.
+
+    Raises
+    ------
+    ScmulanError
+        If anything cannot be used as given; then nothing is written.
     """
     check_outputs(genes_from, {out: CELLS}, force)
     loaded = load(model, device=device)

@@ -95,6 +95,10 @@ def generate(
     ------
     VocabularyError
         If a metadata field or value is unknown; the nearest ones are suggested.
+    GeneError
+        If too few of the model's genes are in ``genes``, or their names are those of another species.
+    ModelError
+        If the model or the precision cannot be used.
     ScmulanError
         If a number is out of bounds.
 

@@ -30,7 +30,7 @@ from scmulan.vocab.vocabulary import Family
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What the model reads in all cells of an input once some genes have another level.
+    """Change of all cells of an input, as the model reads them, once some genes have another level.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What all verbs share: the model as a user names it, and how results and their record get into an AnnData."""
+"""Shared by all verbs: load the model that a user names, and add results and their record to an AnnData."""
 
 import os
 import warnings

@@ -34,7 +34,7 @@ def smooth(
     Parameters
     ----------
     adata
-        Cells with the results of :func:`annotate` and :func:`embed`.
+        Cells with the results of :func:`scmulan.tl.annotate` and :func:`scmulan.tl.embed`.
     n_neighbors
         Number of cells that vote, the cell itself among them.
     use_rep

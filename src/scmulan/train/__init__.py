@@ -3,8 +3,7 @@
 The data's way: per-cell tables → planned sentences (``sentence_plan``) → the cells' expression → sentences and targets
 (``sentence_kernels``, ``batches``) → hidden states → loss (``losses``) → step, log, checkpoint (``trainer``,
 ``checkpoint``) → model folder (``export``). The order of cells is a function of (seed, step), so nothing random is
-saved. A reader whose sentences have a length that is known only once the cell is there (a bag of words) would fit
-between the plan and the batch: ragged rows of a pool, sorted by length after reading.
+saved.
 
 This package may use ``vocab``, ``data`` and ``model``.
 """

@@ -266,7 +266,22 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, ranks: Ranks = ALONE) -> None:
-    """Read those of a checkpoint's tensors that are named, in place."""
+    """Read some of a checkpoint's tensors, in place.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint.
+    tensors
+        By name; filled, sharded or not.
+    ranks
+        Processes that read together.
+
+    Raises
+    ------
+    RecipeError
+        If the checkpoint lacks one of them, or has it in another shape.
+    """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         with warnings.catch_warnings():  # that one process is no job is no surprise

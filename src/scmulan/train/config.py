@@ -162,33 +162,33 @@ class Recipe:
     """Held-out files to score, in the same form; may be left out."""
 
     def corpus(self, base: Path) -> Path | None:
-        """Corpus folder that is trained on, or None where it is files."""
+        """Return the corpus folder that is trained on, or None where it is files."""
         return (base / self.data["corpus"]).resolve() if "corpus" in self.data else None
 
     def corpus_split(self, base: Path) -> Path | None:
-        """Split file of the corpus, or None for its own."""
+        """Return the split file of the corpus, or None for its own."""
         return (base / self.data["split"]).resolve() if "split" in self.data else None
 
     def fixed_vocabulary(self, base: Path) -> Vocabulary | None:
-        """Vocabulary that the recipe names, or None where it follows from the cells."""
+        """Return the vocabulary that the recipe names, or None where it follows from the cells."""
         if not self.vocabulary.file:
             return None
         published = self.vocabulary.file == "published"
         return Vocabulary.published() if published else Vocabulary.load(base / self.vocabulary.file)
 
     def studies(self, base: Path) -> list[StudySpec]:
-        """Training files; relative paths start at ``base``, the recipe's folder."""
+        """Return the training files; relative paths start at ``base``, the recipe's folder."""
         return read_spec(self.data, base)
 
     def validation_studies(self, base: Path) -> list[StudySpec]:
-        """Validation files, with the training cells' renaming; may be empty."""
+        """Return the validation files, with the training cells' renaming; may be empty."""
         if not self.validation:
             return []
         shared: dict[str, Any] = {k: self.data[k] for k in ("columns", "rename") if k in self.data}
         return read_spec(shared | self.validation, base, section="validation")
 
     def to_json(self) -> dict[str, Any]:
-        """All settings, defaults included."""
+        """Return all settings, defaults included."""
         return dataclasses.asdict(self)
 
 
@@ -238,7 +238,20 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from_json(raw: dict[str, Any], source: str) -> Recipe:
-    """Convert parsed TOML, or the JSON that a run keeps; ``source`` is the file's name for errors."""
+    """Convert parsed TOML, or the JSON that a run keeps, into a recipe.
+
+    Parameters
+    ----------
+    raw
+        The parsed file.
+    source
+        Its name, for errors.
+
+    Raises
+    ------
+    RecipeError
+        If a setting is unknown, of the wrong type or out of bounds, or the data of a corpus have settings of files.
+    """
     recipe = convert(Recipe, raw, source, renamed=RENAMED)
     if "corpus" in recipe.data:
         extra = sorted(set(recipe.data) - {f.name for f in dataclasses.fields(CorpusData)})

@@ -108,7 +108,15 @@ def _sizes(recipe: Recipe, base: Path) -> tuple[int, int, int]:
 
 
 def typical_step(config: BatchConfig, task: str) -> Step:
-    """Return sentences, tokens and loss positions of a task's mean step, as long as the recipe allows."""
+    """Return the size of a task's mean step, its sentences as long as the recipe allows.
+
+    Parameters
+    ----------
+    config
+        The recipe's batches.
+    task
+        Name of the task.
+    """
     if Family.GENE in TASKS[task].prompt:
         longest, cells = config.max_prompt_genes, config.cells
         shortest = min(config.min_prompt_genes, longest)
@@ -130,9 +138,26 @@ def typical_step(config: BatchConfig, task: str) -> Step:
 def bytes_per_rank(config: MulanConfig, recipe: Recipe, step: Step, world: int, precision: str) -> dict[str, int]:
     """Estimate the memory of one process.
 
-    Weights, gradients and AdamW's moments in fp32, and what is kept for the backward pass.
+    It holds weights, gradients and AdamW's moments in fp32 (a running average counts as the optimiser's), and what the
+    backward pass keeps.
 
-    A running average of the weights counts as the optimiser's.
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    plan
+        The recipe: whether parameters are sharded, blocks recomputed, batches accumulated, weights averaged.
+    step
+        Size of the largest step, over all processes.
+    world
+        Number of processes.
+    precision
+        Of the matrix products: ``"fp32"`` or ``"bf16"``.
+
+    Returns
+    -------
+    dict
+        Bytes of ``weights``, ``gradients``, ``optimizer`` and ``activations``.
     """
     number = count_parameters(config)
     parts = world if recipe.run.parallel == "fsdp" else 1
@@ -157,6 +182,17 @@ def activation_bytes(
 
     A block keeps 16 vectors of the model's width per token (two norms' inputs and outputs, queries, keys, values, what
     attention gave, four each of the feed-forward's two sides), halved by bf16 where matrix products read them.
+
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    tokens, positions
+        Tokens and loss positions of a process's part of the batch.
+    recompute
+        Whether the activations of a block are computed again in the backward pass, instead of being kept.
+    precision
+        Of the matrix products: ``"fp32"`` or ``"bf16"``.
     """
     size = 4.0 if precision == "fp32" else 2.5
     block = 16 * config.width * tokens * size
@@ -169,7 +205,21 @@ def activation_bytes(
 
 
 def synthetic_batch(config: MulanConfig, sentences: int, tokens: int, positions: int, seed: int = 0) -> Batch:
-    """Make a batch of sentences of random tokens with that many loss positions: a step's work without cells."""
+    """Make a batch of sentences of random tokens: a step's work without cells.
+
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    sentences
+        Number of sentences.
+    tokens
+        Length of each, the vocabulary's size less one at most.
+    positions
+        Loss positions of all sentences together.
+    seed
+        Of the random tokens.
+    """
     rng = np.random.default_rng(seed)
     V = config.vocabulary
     order = np.stack([rng.permutation(V - 1)[: min(tokens, V - 1)] + 1 for _ in range(sentences)])
@@ -209,7 +259,18 @@ def synthetic_batch(config: MulanConfig, sentences: int, tokens: int, positions:
 def measured_speed(config: MulanConfig, objective: ObjectiveConfig, precision: str, device: str = "cpu") -> float:
     """Measure operations per second of forward and backward, on a network of the same width with few blocks.
 
-    Counted as in :func:`scmulan.model.cost.batch_flops`; the faster of two short steps.
+    Counted as in :func:`scmulan.model.cost.batch_flops`; the fastest of three short steps.
+
+    Parameters
+    ----------
+    config
+        Shape of the network.
+    objective
+        Loss whose gradient is computed.
+    precision
+        Of the matrix products: ``"fp32"`` or ``"bf16"``.
+    device
+        Torch device.
     """
     sentences, tokens = 4, min(256, config.vocabulary - 1)
     flops = batch_flops(replace(config, layers=1), sentences * tokens, sentences, sentences * tokens // 4)
@@ -232,7 +293,13 @@ def measured_speed(config: MulanConfig, objective: ObjectiveConfig, precision: s
 
 
 def describe_estimate(report: Mapping[str, Any]) -> str:
-    """Describe an estimate in a few lines."""
+    """Describe an estimate in a few lines.
+
+    Parameters
+    ----------
+    report
+        From :func:`estimate`.
+    """
     memory = report["bytes_per_rank"]
     hours = report["hours"]
     took = f"{hours:,.1f} hours" if hours < 100 else f"{hours / 24:,.0f} days"

@@ -119,7 +119,17 @@ def export_run(run: str | Path, out: str | Path, *, force: bool = False) -> dict
 
 
 def read_run(run: Path) -> tuple[Recipe, Vocabulary]:
-    """Read the recipe and the vocabulary of a run folder."""
+    """Read the recipe and the vocabulary of a run folder.
+
+    Raises
+    ------
+    InputError
+        If it lacks a file that every run has.
+    RecipeError
+        If its recipe cannot be used.
+    VocabularyError
+        If its vocabulary cannot be used.
+    """
     for name in ("recipe.json", "vocabulary.json", DATA):
         if not (run / name).is_file():
             raise InputError(f"{run}: no {name}; expected a folder that `scmulan pretrain` wrote")
@@ -135,7 +145,7 @@ def model_config(recipe: Recipe, vocabulary_size: int) -> MulanConfig:
 def training_card(
     run: Path, recipe: Recipe, vocabulary: Vocabulary, network: Mulan, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Make the card: what a user of the model has to know about how it was made."""
+    """Make the card, which says how the model was made."""
     log = [line for line in read_log(run / "log.jsonl") if line["step"] <= facts["step"]]
     checks = [line for line in log if "validation" in line]
     last: dict[str, Any] = {}

@@ -237,20 +237,20 @@ def _make_plan(cells: _Cells, parent: LoadedModel, labels: str, config: Finetune
 
 
 def _task_weights(store: CellStore) -> dict[str, float]:
-    """Relative number of batches of each task; none of organ and region where no cell knows them."""
+    """Return the relative number of batches of each task; none of organ and region where no cell knows them."""
     located = (store.tokens(Family.ORGAN) >= 0) | (store.tokens(Family.REGION) >= 0)
     return {"annotate": 0.8, "generate": 0.15} | ({"locate": 0.05} if located.any() else {})
 
 
 def _objective(parent: LoadedModel) -> ObjectiveConfig:
-    """Objective of the parent; a model that does not say which it had follows the publication."""
+    """Return the objective of the parent; a model that does not say which it had follows the publication."""
     if parent.objective == "published":
         return ObjectiveConfig(name="published", value_weight=200.0)
     return ObjectiveConfig(task_weights={"annotate": 1.0, "generate": 0.3, "locate": 0.5})
 
 
 def _default_steps(store: CellStore, epochs: float | None, batches: BatchConfig) -> int:
-    """Steps that pass the labelled cells ``epochs`` times through the task "annotate"."""
+    """Count the steps that pass the labelled cells ``epochs`` times through the task "annotate"."""
     labelled = store.tokens(Family.FINE) >= 0
     fraction = batches.tasks["annotate"] / sum(batches.tasks.values())
     longest = min(float(store.lengths[labelled].mean()), batches.max_prompt_genes)
@@ -307,7 +307,7 @@ def _train(
 
 
 def _report(cells: _Cells, old: Vocabulary) -> dict[str, Any]:
-    """What is known before training, for the caller."""
+    """Describe the cells and the labels, before training; the first part of the result of :func:`finetune`."""
     new = cells.vocabulary
     tokens, number = np.unique(cells.store.tokens(Family.FINE), return_counts=True)
     added = {str(f): [new.tokens[i] for i in new.ids(f) if i >= len(old)] for f in METADATA}
@@ -337,7 +337,7 @@ def _card(
     trainer: Trainer,
     report: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a user of the model has to know about how it was made; ``trainer`` holds the best weights."""
+    """Make the card, which says how the model was made; ``trainer`` holds the best weights."""
     network, store, vocabulary = trainer.model.eval(), cells.store, cells.vocabulary
     parent_name = parent.name
     checks = [line for line in read_log(trainer.log_path) if "validation" in line]

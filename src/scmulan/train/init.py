@@ -109,7 +109,7 @@ def cell_groups(store: CellSource) -> list[np.ndarray]:
 
 
 def _detection(store: CellSource, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds of detection ``[genes]`` in all cells, and those of each group minus them ``[groups, genes]``."""
+    """Compute log-odds of detection ``[genes]`` in all cells, and of each group minus them ``[groups, genes]``."""
     detected, detected_in = count_detections(store, groups)
     bias = _log_odds(detected, np.bincount(store.study, minlength=len(store.studies)) @ store.measured)
     odds = np.stack([_log_odds(number, len(cells)) for number, cells in zip(detected_in, groups, strict=True)]) - bias
@@ -147,7 +147,7 @@ def _factorise(odds: np.ndarray, weight: np.ndarray, width: int, seed: int) -> t
 
 
 def _token_fractions(store: CellSource, cells: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Fraction of the cells that have each metadata token, ``[vocabulary]``."""
+    """Compute the fraction of the cells that have each metadata token, ``[vocabulary]``."""
     metadata = store.metadata[cells]
     return np.bincount(metadata[metadata >= 0], minlength=vocabulary) / len(cells)
 

@@ -84,7 +84,7 @@ def read_metadata(
 def _known_fields(
     obs: pd.DataFrame, taken: set[str | None], vocabulary: Vocabulary, source: str
 ) -> dict[Family, np.ndarray]:
-    """Columns with names of fields, as far as the vocabulary has their tokens; upper and lower case are alike."""
+    """Read the columns named like fields, as far as the vocabulary has their tokens; case does not matter."""
     found: dict[Family, np.ndarray] = {}
     for name in map(str, obs):
         try:

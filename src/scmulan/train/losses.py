@@ -241,7 +241,7 @@ class Head:
         self.grad_bias = None if bias is None else torch.zeros_like(bias, dtype=hidden.dtype)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """``[n, W]`` → ``[n, V]``."""
+        """Apply the head, ``[n, W]`` → ``[n, V]``."""
         return F.linear(hidden, self.weight, self.bias).to(self.wide)
 
     def add(self, part: slice, hidden: Tensor, gradient: Tensor) -> None:
@@ -353,7 +353,7 @@ def _next_token(
 def _softmax(
     targets: Targets, row: Tensor, n: Tensor, v: Tensor, pair_weight: Tensor, weight: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient at the logits where a token competes with weight exp(z)."""
+    """Compute loss and gradient at the logits where a token competes with weight exp(z)."""
     total = logits.logsumexp(1, keepdim=True)
     log_probs = logits.sub_(total)
     picked = log_probs[n, v]
@@ -377,7 +377,7 @@ def _softmax(
 def _bounded(
     end: int, n: Tensor, v: Tensor, pair_weight: Tensor, weight: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient at the logits where a gene competes with weight σ(z), the end with exp(z)."""
+    """Compute loss and gradient at the logits where a gene competes with weight σ(z), the end with exp(z)."""
     ends, picked = logits[:, end].clone(), logits[n, v]
     chance = logits.sigmoid_()
     # exp(z) of the end may be large: all weights are taken relative to the larger of it and one.
@@ -407,7 +407,7 @@ def _mixed(
     weight: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient at the logits of a chunk with labels and cells."""
+    """Compute loss and gradient at the logits of a chunk with labels and cells."""
     gradient = torch.empty_like(logits)
     total = logits.new_zeros(())
     for mine, bounded in ((labels, False), (~labels, True)):

@@ -39,7 +39,7 @@ class Genes(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """What was planned for each row, see :class:`scmulan.train.sentence_plan.PlannedSentences`."""
+    """Plan of each row, see :class:`scmulan.train.sentence_plan.PlannedSentences`."""
 
     key: np.ndarray
     """uint64 ``[n]``: random stream."""
@@ -62,7 +62,7 @@ class Labels(NamedTuple):
 
 
 class TaskTokens(NamedTuple):
-    """What all rows of a batch have in common."""
+    """Task, special tokens and limits that all rows of a batch share."""
 
     genes_in_prompt: bool
     """Genes stand in the prompt and labels in the target; otherwise genes are the target."""

@@ -375,7 +375,7 @@ class EpochBatchSampler:
         return indices if self._usable is None else self._usable[indices]
 
     def _costs(self, planned: PlannedSentences) -> np.ndarray:
-        """Fraction of a batch that each sentence takes."""
+        """Compute the fraction of a batch that each sentence takes."""
         smallest = 1 / max_cells(self.config, planned.task)
         return np.clip(planned.lengths / self.config.tokens, smallest, max(smallest, 1 / self.config.min_cells))
 
@@ -385,7 +385,7 @@ class EpochBatchSampler:
         return float(sum(self._costs(p).sum() for p in planned) / number) * number / len(cells)
 
     def _n_batches(self, cells: int, cost: float) -> int:
-        """Batches of a window: what its cells need, but no more than leave each task's ``min_cells``."""
+        """Count the batches of a window: what its cells need, but no more than leave each task's ``min_cells``."""
         tasks, min_cells = len(self.config.tasks), self.config.min_cells
         room = (cells - tasks * (min_cells - 1)) // min_cells
         return min(cells, max(tasks, min(room, int(np.ceil(WINDOW_SLACK * cells * cost)))))

@@ -333,7 +333,7 @@ class Trainer:
         )
 
     def _due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never), and at the end, is due."""
+        """Return whether something that happens every so many steps (0: never), and at the end, is due."""
         return every > 0 and (self.steps_done == self.config.steps or self.steps_done % every == 0)
 
     def _stop_or_save(self) -> tuple[bool, bool]:

@@ -162,7 +162,7 @@ class _Validation:
         return {"organ_accuracy": float((predicted[known] == organ[known]).mean())}
 
     def _predict(self, task: Task, family: Family, cells: np.ndarray) -> np.ndarray:
-        """Most probable token of a family, int64 ``[all cells]``, filled in for some; the same in every process."""
+        """Predict the token of a family, int64 ``[all cells]``, filled in for some; the same in every process."""
         ids = self.vocabulary.ids(family)
         predicted = torch.zeros(len(self.store), dtype=torch.int64)
         for rows, hidden in last_hidden_states(
@@ -173,7 +173,7 @@ class _Validation:
         return self.ranks.sum_array(predicted).numpy()
 
     def losses(self, config: BatchConfig, objective: ObjectiveConfig) -> dict[str, float]:
-        """Losses of each task on sentences of cells as they are: all genes, all counts."""
+        """Compute the losses of each task on sentences of cells as they are: all genes, all counts."""
         figures: dict[str, float] = {}
         ranks = self.ranks
         for number, name in enumerate(config.tasks):
@@ -197,7 +197,7 @@ class _Validation:
         return figures
 
     def generated(self, *, published: bool) -> dict[str, float]:
-        """Genes of generated cells over those of the real cells whose metadata was their prompt."""
+        """Compute the genes of generated cells over those of the real cells whose metadata was their prompt."""
         if not len(self.some):
             return {}
         store, vocabulary = self.store, self.vocabulary
@@ -234,7 +234,7 @@ def label_scores(truth: np.ndarray, predicted: np.ndarray, satisfies: np.ndarray
 
 
 def _last_hidden(model: Mulan, prompts: list[list[int]], cache: Any = None) -> torch.Tensor:
-    """Hidden state at the end of each prompt of tokens without value."""
+    """Compute the hidden state at the end of each prompt of tokens without value."""
     device = model.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     entity = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)

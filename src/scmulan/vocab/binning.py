@@ -95,6 +95,11 @@ def tokenize(
     -------
     GeneTokens
 
+    Raises
+    ------
+    ValueError
+        If ``matrix_kind`` is another text.
+
     Notes
     -----
     ``scmulan bench tokenize`` compares with the same rule in whole-matrix operations of scipy, and with the release's

@@ -205,7 +205,7 @@ class Foreign:
 
     @property
     def hint(self) -> str:
-        """What else the names could be: the end of an error message."""
+        """End of an error message: what else the names could be."""
         return "; if they are human, write them in capitals" if self.species == _LOWER_CASE else ""
 
 

@@ -29,7 +29,7 @@ from scmulan.model.cpu_attention.threads import run_on_threads
 
 
 def causal_attention(qkv: Tensor) -> Tensor:
-    """Attention of every token to itself and those before it.
+    """Attend from every token to itself and those before it.
 
     Parameters
     ----------
