@@ -1,9 +1,5 @@
 """The compiled attention of a CPU is attention: whole sentences, and new tokens beside a cache in tiles."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -97,24 +93,6 @@ def test_python_threads_share_the_work(monkeypatch, threads):
     called = []
     threads_module.run_on_threads(called.append, lambda: None, 7, threads)
     assert called == [7] * threads
-
-
-DIGEST = """
-import hashlib, torch
-from scmulan.model.cpu_attention.attention import causal_attention
-torch.set_num_threads(1)
-qkv = torch.randn(2, 90, 3, 4, 32, generator=torch.Generator().manual_seed(0))
-print(hashlib.sha256(causal_attention(qkv).numpy().tobytes()).hexdigest())
-"""
-
-
-def test_the_process_that_compiles_gives_the_bits_of_later_ones(tmp_path):
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    first, later = (
-        subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    )
-    assert list(tmp_path.rglob("*.nbc")) and first.stdout == later.stdout
 
 
 def test_extreme_scores_have_a_softmax():

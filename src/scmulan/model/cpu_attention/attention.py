@@ -76,9 +76,9 @@ def _attend(frame: int) -> None:
     out = numba.carray(pointer_to(out_address), (rows, tokens, heads, width), np.float32)
     tiles = -(-tokens // TILE)
     key = np.zeros((tiles, width, TILE), np.float32)
-    value = np.empty((tokens, width), np.float32)
     score = np.empty((TILE, tiles * TILE), np.float32)
     exponent, normaliser = np.empty(tiles * TILE, np.int32), np.empty(TILE, np.float32)
+    value = np.empty((tokens, width), np.float32)  # last: before the scores, a head of 32 takes 4 % longer
     step, scale = 3 * heads * width, np.float32(width) ** np.float32(-0.5)
     while True:
         job = next_number(frame)

@@ -185,9 +185,7 @@ def pointer_to(typing: Any, address: Any) -> Any:
     return numba.types.voidptr(numba.int64), emit
 
 
-# Inlined by force: called as a function it exists twice, on its own and, optimised once more, within each caller.
-# The process that compiled them took the first, later ones (from numba's cache) the second, and last bits differed.
-@compiled(**FAST, forceinline=True)
+@compiled(**FAST)
 def softmax(score: np.ndarray, number: int, end: int, scale: float, exponent: np.ndarray) -> Any:
     """Replace scores by the numerators of their softmax, and return one over their sum.
 
