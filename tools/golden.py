@@ -364,7 +364,7 @@ def main() -> None:
             file = args.folder / f"{part}.json"
             # Texts name the folder of the moment.
             found = {
-                key.replace(str(work), "FOLDER"): value.replace(str(work), "FOLDER") for key, value in found.items()
+                key.replace(str(work), "ROOM"): value.replace(str(work), "ROOM") for key, value in found.items()
             }
             if args.action == "record":
                 file.write_text(json.dumps(found, indent=0, sort_keys=True), encoding="utf-8")

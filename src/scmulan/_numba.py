@@ -1,8 +1,9 @@
 """Functions compiled by numba and cached on disk, also where the disk is full or no folder can be written to.
 
 numba caches beside the module, or in the user's cache folder if the install folder is read-only. It raises where the
-disk is full (also under ``NUMBA_CACHE_DIR``, which moves the cache and no more), and where it finds no folder at all.
-Neither is a reason to stop: the function is compiled by then, or is compiled without a cache.
+disk is full (also under ``NUMBA_CACHE_DIR``, which moves the cache and no more), where it finds no folder at all, and
+where a cached index cannot be read: it is pickled, and an earlier version's names argument types that may be gone. None
+is a reason to stop: the function is compiled by then, or is compiled anew.
 """
 
 import contextlib
@@ -26,13 +27,21 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             dispatcher: Any = numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # no folder for the cache
             return numba.njit(nogil=True, **options)(function)
-        save = dispatcher._cache.save_overload
+        load, save = dispatcher._cache.load_overload, dispatcher._cache.save_overload
+
+        def load_if_possible(*args: Any) -> Any:
+            try:
+                return load(*args)
+            except Exception:  # noqa: BLE001 (whatever unpickling an old or damaged index raises)
+                with contextlib.suppress(OSError):
+                    dispatcher._cache.flush()
+                return None
 
         def save_if_possible(*args: Any) -> None:
             with contextlib.suppress(OSError):
                 save(*args)
 
-        dispatcher._cache.save_overload = save_if_possible
+        dispatcher._cache.load_overload, dispatcher._cache.save_overload = load_if_possible, save_if_possible
         return dispatcher
 
     return decorate
