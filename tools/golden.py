@@ -363,9 +363,7 @@ def main() -> None:
             found = {f"{part}/{k}/{what}": v for k, results in PARTS[part](cells, work) for what, v in results.items()}
             file = args.folder / f"{part}.json"
             # Texts name the folder of the moment.
-            found = {
-                key.replace(str(work), "ROOM"): value.replace(str(work), "ROOM") for key, value in found.items()
-            }
+            found = {key.replace(str(work), "ROOM"): value.replace(str(work), "ROOM") for key, value in found.items()}
             if args.action == "record":
                 file.write_text(json.dumps(found, indent=0, sort_keys=True), encoding="utf-8")
                 compared += len(found)
