@@ -19,7 +19,8 @@ def test_a_light_start_loads_no_torch(code):
 
 
 def test_the_package_lists_what_one_may_use():
-    assert dir(scmulan) == ["LoadedModel", "__version__", "finetune", "load", "pretrain", "tl"]
+    types, modules = ["FinetuneConfig", "LoadedModel", "Progress"], ["errors", "evaluate", "report", "tl"]
+    assert dir(scmulan) == sorted([*types, *modules, "__version__", "finetune", "load", "pretrain"])
     for name in dir(scmulan):
         assert getattr(scmulan, name) is not None
     with pytest.raises(AttributeError, match="nothing"):

@@ -160,6 +160,7 @@ def test_a_model_is_given_by_name_or_folder(cells, random_model):
 
 def test_the_package_lists_verbs_and_results():
     names = {"annotate", "embed", "generate", "perturb", "smooth", "Annotation", "Embedding", "Perturbation"}
+    names |= {"annotate_cells", "embed_cells", "perturb_cells", "ReadOptions"}
     assert set(dir(scmulan.tl)) >= names == set(scmulan.tl.__all__)
     assert all(callable(getattr(scmulan.tl, name)) for name in names)
 

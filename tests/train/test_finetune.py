@@ -1,7 +1,9 @@
 """Fine-tuning: somebody's own cells and labels in, a model folder like any other out."""
 
+import inspect
 import os
 import signal
+from dataclasses import fields
 
 import anndata as ad
 import numpy as np
@@ -483,3 +485,11 @@ def test_an_existing_output_is_replaced_only_by_force_and_only_if_a_model(parent
     with pytest.raises(OutputError, match="holds other things than a model"):
         finetune(parent, cells, "type", other, force=True, **FAST)
     assert (other / "chapter.txt").read_text() == "precious" and not (tmp_path / ".thesis.run").exists()
+
+
+def test_the_signature_shows_the_settings_with_their_defaults():
+    parameters = inspect.signature(scmulan.finetune).parameters
+    assert list(parameters)[:6] == ["model", "data", "labels", "out", "force", "progress"]
+    assert {s.name: s.default for s in fields(scmulan.FinetuneConfig)} == {
+        name: parameter.default for name, parameter in list(parameters.items())[6:]
+    }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,20 @@ def test_what_a_recipe_may_not_say_beside_a_corpus(place, tmp_path):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(RecipeError, match=r"corpus: its words are not those of vocabulary\.file"):
         pretrain(tmp_path / "r.toml", tmp_path / "run")
+
+
+def test_a_run_folder_is_free_again_where_its_cells_cannot_be_read(place, tmp_path):
+    """Also while the error is looked at, as in a notebook."""
+    shutil.copytree(place / "corpus", tmp_path / "corpus")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.format(data='corpus = "corpus"'))
+    pretrain(recipe, tmp_path / "run")
+    (tmp_path / "corpus").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError) as kept:
+        pretrain(recipe, tmp_path / "run")
+    (tmp_path / "elsewhere").rename(tmp_path / "corpus")
+    assert pretrain(recipe, tmp_path / "run")["model"] is not None
+    assert kept.value is not None
 
 
 def test_any_state_of_a_run_can_be_shipped(place, corpus_run, tmp_path):
