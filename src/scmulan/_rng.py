@@ -62,7 +62,7 @@ def uniforms(key, indices):
 
 
 @compiled()
-def binomial(state, number, chance):
+def binomial(state, number, probability):
     """Draw a binomial number.
 
     Parameters
@@ -71,7 +71,7 @@ def binomial(state, number, chance):
         Of the stream.
     number : int
         Trials.
-    chance : float
+    probability : float
         Probability of success.
 
     Returns
@@ -84,9 +84,9 @@ def binomial(state, number, chance):
         hits = 0
         for _ in range(number):
             state += GOLDEN
-            hits += uniform(state) < chance
+            hits += uniform(state) < probability
         return state, hits
-    p = min(chance, 1.0 - chance)
+    p = min(probability, 1.0 - probability)
     if number * p <= MAX_INVERSION_MEAN:
         odds = p / (1.0 - p)
         term = (1.0 - p) ** number
@@ -104,4 +104,4 @@ def binomial(state, number, chance):
         normal = radius * np.cos(2 * np.pi * uniform(state))
         hits = int(np.floor(number * p + np.sqrt(number * p * (1.0 - p)) * normal + 0.5))
         hits = min(max(hits, 0), number)
-    return state, (hits if chance <= 0.5 else number - hits)
+    return state, (hits if probability <= 0.5 else number - hits)

@@ -8,6 +8,7 @@ A settings class is a ``kw_only`` dataclass, best a frozen one, whose annotation
         power: Annotated[float, Meta(ge=0, le=1)] = 0.5
         tasks: dict[Annotated[str, OneOf(TASKS)], Annotated[float, Meta(gt=0)]] = field(default_factory=dict)
         matrix_kind: str = field(default="counts", metadata={"key": "state"})  # "state" in the file
+        folder: str = field(metadata={"hint": "the folder of the corpus"})  # said where it is missing
 
 What involves several settings belongs in ``__post_init__``: a ``ValueError`` raised there gets the file's name.
 """
@@ -158,7 +159,8 @@ class _Converter:
         for key, f in fields.items():
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             if required and key not in raw:
-                raise RecipeError(f"{self.source}: {_join(path, key)} is missing; expected {_described(hints[f.name])}")
+                expected = f.metadata.get("hint", _described(hints[f.name]))
+                raise RecipeError(f"{self.source}: {_join(path, key)} is missing; expected {expected}")
         values = {fields[k].name: self.convert(v, hints[fields[k].name], _join(path, k)) for k, v in raw.items()}
         try:
             return cls(**values)

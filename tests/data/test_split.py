@@ -78,7 +78,7 @@ def test_a_split_belongs_to_its_corpus(split, corpus_folder, tmp_path):
         ('[studies]\ntest = ["cuonts"]', "no study 'cuonts' in the corpus; did you mean 'counts'"),
         ('[donors]\ntest = ["x1"]', "no donor 'x1' in the corpus"),
         ('[studies]\ntest = ["counts"]\nvalidation = ["counts"]', "'counts' is in validation and in test"),
-        ("[fractions]\ntest = 1.0", r"\[fractions\] are shares from 0 to 1"),
+        ("[fractions]\ntest = 1.0", r"\[fractions\] are from 0 to 1"),
         ("[fractions]\ntest = 1.5", "fractions.test = 1.5: expected a number from 0 to 1"),
         ("[fractions]\nby = 'studdy'", "fractions.by = 'studdy': expected 'donor' or 'study'; did you mean 'study'"),
         ("[parts]\ntest = 1", "unknown setting 'parts'"),

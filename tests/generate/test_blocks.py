@@ -45,7 +45,7 @@ def drawn_genes(model, cells):
 
 
 def test_cells_hold_each_gene_once_and_end(model):
-    cells = decode(model, 9, seed=0, blocks=4, depth_spread=0.3)
+    cells = decode(model, 9, seed=0, blocks=4, gene_count_spread=0.3)
     for i in range(9):
         entity, value = cells[i]
         assert entity[-1] == model.vocabulary.end and value[-1] == 0
@@ -63,13 +63,13 @@ def test_one_block_draws_each_gene_with_its_probability(model):
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_number_of_genes_is_what_was_expected_times_the_factor(model, blocks):
     for factor in (0.5, 1.2):
-        cells = drawn_genes(model, decode(model, 300, seed=2, blocks=blocks, depth_factor=factor, batch_size=300))
+        cells = drawn_genes(model, decode(model, 300, seed=2, blocks=blocks, gene_count_factor=factor, batch_size=300))
         assert cells.sum(1).mean() == pytest.approx(factor * probabilities(model).sum(), rel=0.05)
 
 
 def test_same_seed_same_cells_whatever_the_batch(model):
-    whole = decode(model, 6, seed=3, blocks=3, depth_spread=0.4, batch_size=6)
-    split = decode(model, 4, seed=3, blocks=3, depth_spread=0.4, batch_size=3)
+    whole = decode(model, 6, seed=3, blocks=3, gene_count_spread=0.4, batch_size=6)
+    split = decode(model, 4, seed=3, blocks=3, gene_count_spread=0.4, batch_size=3)
     for i in range(4):
         assert np.array_equal(whole[i][0], split[i][0]) and np.array_equal(whole[i][1], split[i][1])
 
@@ -103,7 +103,7 @@ def test_later_blocks_read_what_earlier_ones_drew(model):
 def test_panel_and_largest_number_of_genes_are_kept(model):
     panel = np.zeros(len(model.vocabulary), dtype=bool)
     panel[model.vocabulary.ids(Family.GENE)[:15]] = True
-    cells = decode(model, 20, seed=5, blocks=3, genes=panel, depth_factor=3.0, max_tokens=10)
+    cells = decode(model, 20, seed=5, blocks=3, genes=panel, gene_count_factor=3.0, max_tokens=10)
     counts = drawn_genes(model, cells)
     assert counts[:, 15:].sum() == 0 and counts.sum(1).max() <= 10
 

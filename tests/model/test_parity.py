@@ -113,7 +113,7 @@ def test_changed_generation_prompt(imported, arrays, fixture):
     prompts = json.loads(str(arrays["generation_prompts"]))
     prompts[1][0] = "Liver"
     first = verify(imported["bias"], fixture(generation_prompts=json.dumps(prompts))).first_difference
-    assert (first.what, first.cell, first.word) == ("generated_ids", 1, "place 0")
+    assert (first.what, first.cell, first.word) == ("generated_ids", 1, "index 0")
     assert "(Lung)" in first.expected
     assert "(Liver)" in first.found
 

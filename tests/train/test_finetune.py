@@ -145,7 +145,7 @@ def test_the_card_says_what_it_was_made_from(tuned, parent):
     assert sum(report["labels"].values()) == 180 and report["cells"] == card["cells"] == 200
     assert card["validation"]["accuracy"] == report["validation"]["accuracy"]
     assert card["validation"]["cells"] == report["held_out"] == 18
-    assert card["validation"]["held_out"] == "a share of each label"
+    assert card["validation"]["held_out"] == "a fraction of each label"
     assert card["best_step"] == report["best_step"] <= card["steps"] == report["steps"] <= 60
     assert [c["step"] for c in card["checks"]] == list(range(10, report["steps"] + 1, 10))[: len(card["checks"])]
     assert 0 < card["covered"] <= 1

@@ -73,7 +73,7 @@ class Fractions:
 class SplitSpec:
     """The text of a split."""
 
-    corpus: str
+    corpus: str = field(metadata={"hint": "the folder of the corpus, relative to this file"})
     """Folder of the corpus, relative to the text."""
     seed: int = 0
     """Seed of the fractions."""
@@ -85,9 +85,9 @@ class SplitSpec:
     """Fractions of everything that is not named."""
 
     def __post_init__(self) -> None:
-        shares = [getattr(self.fractions, part) for part in HELD_OUT]
-        if sum(shares) >= 1:
-            raise ValueError(f"[fractions] are shares from 0 to 1 that leave something to train on; found {shares}")
+        held_out = [getattr(self.fractions, part) for part in HELD_OUT]
+        if sum(held_out) >= 1:
+            raise ValueError(f"[fractions] are from 0 to 1 and leave something to train on; found {held_out}")
 
 
 def split_corpus(spec: Path, out: Path | None = None) -> dict[str, Any]:

@@ -34,9 +34,9 @@ class BlockConfig:
 
     blocks: int
     """Number of blocks."""
-    depth_factor: float = 1.0
+    gene_count_factor: float = 1.0
     """Factor on the number of genes that the model expects after the prompt."""
-    depth_spread: float = 0.0
+    gene_count_spread: float = 0.0
     """Standard deviation of the logarithm of a cell's number of genes around its expectation."""
     temperature: float = 1.0
     """Below 1, likely genes are preferred."""
@@ -82,14 +82,14 @@ def decode_in_blocks(
     cache = network.new_cache(1, entity.shape[1])
     hidden = network(entity, torch.zeros_like(entity), cache)[:, -1]
     logits = network.entity_logits(hidden).float() / config.temperature
-    expected = float(logits[:, allowed].sigmoid().sum()) * config.depth_factor
+    expected = float(logits[:, allowed].sigmoid().sum()) * config.gene_count_factor
     sentences: list[tuple[np.ndarray, np.ndarray, int]] = []
     numbers = range(n)[rows]
     for begin in range(0, len(numbers), config.batch_size):
         streams = [np.random.default_rng([seed, number]) for number in numbers[begin : begin + config.batch_size]]
-        spread = config.depth_spread
-        depth = np.array([np.exp(spread * s.standard_normal() - spread**2 / 2) for s in streams])
-        wanted = torch.from_numpy(np.minimum(expected * depth, config.max_tokens)).to(device)
+        spread = config.gene_count_spread
+        factors = np.array([np.exp(spread * s.standard_normal() - spread**2 / 2) for s in streams])
+        wanted = torch.from_numpy(np.minimum(expected * factors, config.max_tokens)).to(device)
         batch = _Batch(model, config, cache.expand(len(streams)), hidden.expand(len(streams), -1), allowed)
         for block in range(config.blocks):
             batch.decode_block(wanted, 1 / (config.blocks - block), streams)

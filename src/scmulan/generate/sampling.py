@@ -266,8 +266,8 @@ def sample_rows(
     """Fill in the tokens of all rows and positions, see :meth:`GumbelSampler.sample`."""
     for b in range(token.shape[0]):
         for j in range(token.shape[1]):
-            state = hidden[b, min(j, hidden.shape[1] - 1)]
-            winner, arrival = sample_token(state, head, candidates, b, j, drafted[b, : n_drafted + j])
+            h = hidden[b, min(j, hidden.shape[1] - 1)]
+            winner, arrival = sample_token(h, head, candidates, b, j, drafted[b, : n_drafted + j])
             token[b, j], decided[b, j] = winner, arrival <= candidates.horizon[b, j]
 
 

@@ -272,7 +272,7 @@ class _Comparison:
             expected = self.fixture.arrays[what].astype(np.int64)
             width = max(expected.shape[1], found.shape[1])
             both = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in (expected, found)]
-            self._compare(what, both[0], both[1], 0.0, "place {}".format)
+            self._compare(what, both[0], both[1], 0.0, "index {}".format)
 
     def close(self, what: str, found: np.ndarray, name: Callable[[int], str]) -> None:
         """Compare numbers, which have to agree within the tolerance; ``name`` says what a column is."""

@@ -156,17 +156,17 @@ def _config(
     draft: int | None,
     batch_size: int | None,
 ) -> BlockConfig | DecodingConfig:
-    """Choose how to decode: in blocks where the card tells the depth of training cells, else token by token."""
-    depth = model.card.get("depth")
-    if rule == "default" and depth is not None:
+    """Choose how to decode: in blocks where the card has a gene-count model, else token by token."""
+    gene_counts = model.card.get("depth")
+    if rule == "default" and gene_counts is not None:
         tokens = [model.vocabulary.tokens[i] for i in prompt]
         families = [str(family_of_field(field)) for field in metadata]
-        effects = (depth["words"][f].get(t, 0.0) for f, t in zip(families, tokens, strict=False))
-        factor = float(np.exp(depth["base"] + sum(effects)))
+        effects = (gene_counts["words"][f].get(t, 0.0) for f, t in zip(families, tokens, strict=False))
+        factor = float(np.exp(gene_counts["base"] + sum(effects)))
         return BlockConfig(
             blocks=BLOCKS,
-            depth_factor=factor,
-            depth_spread=float(depth["spread"]),
+            gene_count_factor=factor,
+            gene_count_spread=float(gene_counts["spread"]),
             batch_size=batch_size or CPU_ROWS,
             **sampling,
         )

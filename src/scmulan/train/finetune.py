@@ -362,7 +362,9 @@ def _card(
         "words_read": trainer.tokens,
         "parameters": sum(p.numel() for p in network.parameters()),
         "validation": {
-            "held_out": "a share of each label" if config.donor is None else f"whole donors, by obs[{config.donor!r}]",
+            "held_out": "a fraction of each label"
+            if config.donor is None
+            else f"whole donors, by obs[{config.donor!r}]",
             "cells": len(cells.held_out),
             **report["validation"],
             "before": report["before"],

@@ -379,15 +379,15 @@ def _bounded(
 ) -> tuple[Tensor, Tensor]:
     """Compute loss and gradient at the logits where a gene competes with weight σ(z), the end with exp(z)."""
     ends, picked = logits[:, end].clone(), logits[n, v]
-    chance = logits.sigmoid_()
+    probability = logits.sigmoid_()
     # exp(z) of the end may be large: all weights are taken relative to the larger of it and one.
     top = ends.clamp(min=0)
     own = (ends - top).exp()
-    chance[:, end] = 0
-    total = chance.sum(1) * (-top).exp() + own
+    probability[:, end] = 0
+    total = probability.sum(1) * (-top).exp() + own
     factor = weight.to(total.dtype) * (-top).exp() / total
     # d log σ(z) = 1 − σ(z), so the gradient at z is (w σ / total − pair_weight) × (1 − σ).
-    gradient = torch.ops.aten.sigmoid_backward(factor[:, None].expand_as(chance), chance)
+    gradient = torch.ops.aten.sigmoid_backward(factor[:, None].expand_as(probability), probability)
     is_end = v == end
     gradient[n, v] -= torch.where(is_end, 0, pair_weight * torch.sigmoid(-picked))
     gradient[:, end] = weight * own / total

@@ -54,10 +54,10 @@ class Labels(NamedTuple):
     """Metadata tokens of each cell, shuffled in place."""
 
     hints: np.ndarray
-    """int32 ``[n, most]``: known tokens that may come before the genes, then −1."""
+    """int32 ``[n, max_known]``: known tokens that may come before the genes, then −1."""
     n_hints: np.ndarray
     targets: np.ndarray
-    """int32 ``[n, most]``: known tokens that the task asks for, then −1."""
+    """int32 ``[n, max_known]``: known tokens that the task asks for, then −1."""
     n_targets: np.ndarray
 
 
@@ -278,8 +278,8 @@ def downsample(state, gene, counts, n, needed, fraction, first_kept):
     n_left = 0
     for j in range(n):
         if first_kept[j] < fraction:
-            chance = min(1.0, (fraction - first_kept[j]) / (1.0 - first_kept[j]))
-            state, others = binomial(state, int(counts[j]) - 1, chance)
+            probability = min(1.0, (fraction - first_kept[j]) / (1.0 - first_kept[j]))
+            state, others = binomial(state, int(counts[j]) - 1, probability)
             gene[n_left] = gene[j]
             counts[n_left] = 1.0 + others
             n_left += 1
